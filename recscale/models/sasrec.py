@@ -1,0 +1,121 @@
+"""SASRec: a causal Transformer over the history (arXiv 1808.09781), with true pre-norm blocks so that depth trains.
+
+Departs from the paper: pre-norm (x + f(LN(x))) instead of its post-norm-like block, which collapses beyond a few layers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from recscale.kernels.attention import attention
+from recscale.layers.norms import LayerNorm, Linear, dropout, truncated_normal
+
+EPS = 1e-8
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape of a SASRec.
+
+    embed_dim: width of the item vectors; width: of the hidden states (a linear map joins them where they differ);
+    ffn: width of the hidden layer of the feed-forward block; max_length: L, the longest history.
+    """
+
+    embed_dim: int
+    width: int
+    depth: int
+    heads: int
+    ffn: int
+    max_length: int
+    dropout: float
+    activation: str
+    dtype: str
+
+    def __post_init__(self):
+        for name in ("embed_dim", "width", "depth", "heads", "ffn", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} = {getattr(self, name)}: expected a positive integer")
+        if self.width % self.heads:
+            raise ValueError(f"model.heads = {self.heads} does not divide model.width = {self.width}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.dropout = {self.dropout}: expected 0 <= dropout < 1")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"model.activation = {self.activation!r}: expected one of {tuple(ACTIVATIONS)}")
+
+
+class Block(nnx.Module):
+    """x + attention(LN(x)), then x + FFN(LN(x))."""
+
+    def __init__(self, c: Config, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        xavier = jax.nn.initializers.glorot_normal()
+        self.norm_attention = LayerNorm(c.width, EPS)
+        self.qkv = Linear(c.width, 3 * c.width, xavier, keys[0])
+        self.out = Linear(c.width, c.width, xavier, keys[1])
+        self.norm_ffn = LayerNorm(c.width, EPS)
+        self.ffn_in = Linear(c.width, c.ffn, xavier, keys[2])
+        self.ffn_out = Linear(c.ffn, c.width, xavier, keys[3])
+
+    def __call__(self, c: Config, x_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None) -> jax.Array:
+        B, L, D = x_BLD.shape
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        q, k, v = (
+            part.reshape(B, L, c.heads, D // c.heads)
+            for part in jnp.split(self.qkv(self.norm_attention(x_BLD)), 3, axis=-1)
+        )
+        scale = (D // c.heads) ** -0.5
+        a = attention(q, k, v, segment_ids_BL, kind="softmax", n=c.max_length, scale=scale).reshape(B, L, D)
+        x = x_BLD + dropout(self.out(a), c.dropout, keys[0])
+        hidden = dropout(ACTIVATIONS[c.activation](self.ffn_in(self.norm_ffn(x))), c.dropout, keys[1])
+        return x + dropout(self.ffn_out(hidden), c.dropout, keys[2])
+
+
+class Model(nnx.Module):
+    """Embedded events [B, L, embed_dim] to hidden states [B, L, embed_dim]; blocks are stacked and scanned."""
+
+    def __init__(self, c: Config, key: jax.Array):
+        self.config = c
+        keys = jax.random.split(key, 4)
+        self.positions = nnx.Param(truncated_normal(0.02)(keys[0], (c.max_length, c.embed_dim)))
+        self.blocks = jax.vmap(lambda k: Block(c, k))(jax.random.split(keys[1], c.depth))
+        self.norm = LayerNorm(c.width, EPS)
+        xavier = jax.nn.initializers.glorot_normal()
+        joined = c.embed_dim != c.width
+        self.up = Linear(c.embed_dim, c.width, xavier, keys[2], bias=False) if joined else None
+        self.down = Linear(c.width, c.embed_dim, xavier, keys[3], bias=False) if joined else None
+
+    def __call__(self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """Hidden states of the packed rows `batch` (segment_ids, positions); key: dropout, None evaluates."""
+        c = self.config
+        x = x_BLD * c.embed_dim**0.5 + self.positions[...].at[batch["positions"]].get(mode="clip")
+        keys = None if key is None else jax.random.split(key, c.depth + 1)
+        x = dropout(x, c.dropout, None if keys is None else keys[-1]).astype(c.dtype)
+        if self.up is not None:
+            x = self.up(x)
+
+        def step(x, block_and_key):
+            block, block_key = block_and_key
+            return block(c, x, batch["segment_ids"], block_key), None
+
+        x, _ = jax.lax.scan(step, x, (self.blocks, None if keys is None else keys[:-1]))
+        x = self.norm(x)
+        return (x if self.down is None else self.down(x)).astype(jnp.float32)
+
+
+def flops(c: Config, length: int) -> dict[str, float]:
+    """Forward FLOPs of one history of `length` events by part (multiply-add = 2, causal attention counted once)."""
+    per_block = 2 * length * (4 * c.width * c.width + 2 * c.width * c.ffn)
+    joined = 0 if c.embed_dim == c.width else 4 * length * c.embed_dim * c.width
+    attention_flops = 4 * c.width * length * (length + 1) / 2
+    return {"projections": float(c.depth * per_block + joined), "attention": float(c.depth * attention_flops)}
+
+
+def param_groups(c: Config) -> dict[str, int]:
+    """Parameters by group; tables are counted by their owner."""
+    biases_and_norms = 9 * c.width + c.ffn  # qkv 3, out 1, ffn_out 1, two norms 4
+    per_block = 4 * c.width * c.width + 2 * c.width * c.ffn + biases_and_norms
+    joined = 0 if c.embed_dim == c.width else 2 * c.embed_dim * c.width
+    return {"dense": c.depth * per_block + 2 * c.width + joined, "positions": c.max_length * c.embed_dim}

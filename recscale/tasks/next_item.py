@@ -1,0 +1,206 @@
+"""Next item: full and sampled softmax, BCE and gBCE over the user's next event.
+
+Names: s+ is the score of the true next item, s- of a negative. `ids` says which rows a step touches; `loss` sees only
+those rows. Sources: sampled softmax with cosine scores arXiv 2402.17152; gBCE arXiv 2308.07192; the corrected logQ loss
+arXiv 2507.09331.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from recscale.layers.embedding import Table, lookup
+from recscale.layers.norms import l2_normalize
+
+MASKED = -5e4  # score of a negative that equals the target, as in the HSTU reference
+FREQUENCY = "item_frequency"  # a table that is never trained
+SAMPLERS = {"uniform": 1.0, "in_batch": 0.0, "mixed": 0.5}  # share of uniform draws
+SHARED = ("token", "row", "batch")
+LOGQ = ("none", "standard", "corrected")
+SIMILARITIES = ("dot", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is optimised.
+
+    loss: "full", "sampled", "bce" or "gbce". negatives: N draws, for every token, row or batch (`shared`). sampler:
+    "uniform" over the catalogue, "in_batch" (the batch's own targets) or "mixed" (half and half). logq: "none",
+    "standard" (log Q subtracted from every score) or "corrected" (arXiv 2507.09331). similarity and temperature: score =
+    <query, item> / temperature, "cosine" normalises both. gbce_t: calibration t of gBCE.
+    """
+
+    loss: str
+    negatives: int
+    sampler: str
+    shared: str
+    logq: str
+    similarity: str
+    temperature: float
+    gbce_t: float
+
+    def __post_init__(self):
+        allowed = {"loss": LOSSES, "sampler": SAMPLERS, "shared": SHARED, "logq": LOGQ, "similarity": SIMILARITIES}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"task.{name} = {getattr(self, name)!r}: expected one of {tuple(values)}")
+        if self.loss != "full" and self.negatives < 1:
+            raise ValueError(f"task.negatives = {self.negatives}: loss {self.loss!r} needs at least one negative")
+        if self.temperature <= 0:
+            raise ValueError(f"task.temperature = {self.temperature}: expected a positive number")
+
+
+def full_softmax(positive_BL, scores_BLV):
+    """Cross-entropy over the whole catalogue, in nats."""
+    return jax.nn.logsumexp(scores_BLV, axis=-1) - positive_BL
+
+
+def sampled_softmax(positive_BL, negative_BLN):
+    """Cross-entropy over the target and its negatives; masked negatives carry a very low score."""
+    return jnp.logaddexp(positive_BL, jax.nn.logsumexp(negative_BLN, axis=-1)) - positive_BL
+
+
+def bce(positive_BL, negative_BLN, beta=1.0):
+    """-(beta log sigma(s+) + sum log(1 - sigma(s-))) / (N + 1). beta < 1 gives gBCE (arXiv 2308.07192)."""
+    total = beta * jax.nn.log_sigmoid(positive_BL) + jax.nn.log_sigmoid(-negative_BLN).sum(axis=-1)
+    return -total / (negative_BLN.shape[-1] + 1)
+
+
+def gbce_beta(negatives: int, num_items: int, t: float) -> float:
+    """Exponent of the positive probability in gBCE: 1 - t (1 - alpha), alpha = negatives / (num_items - 1)."""
+    return 1.0 - t * (1.0 - negatives / (num_items - 1))
+
+
+def corrected_softmax(positive_BL, negative_BLN, log_q_BLN, valid_BLN):
+    """Sampled softmax with the corrected logQ (arXiv 2507.09331): the positive is not in the denominator.
+
+    negative: raw scores; log_q: log Q'(j) = log(Q(j) / (1 - Q(target))); valid: negatives that differ from the target.
+    """
+    shifted = jnp.where(valid_BLN, negative_BLN - log_q_BLN, MASKED)
+    denominator = jax.nn.logsumexp(shifted, axis=-1)
+    log_n = jnp.log(jnp.maximum(valid_BLN.sum(axis=-1), 1))
+    weight = 1.0 - jax.nn.sigmoid(positive_BL - (denominator - log_n))
+    return jax.lax.stop_gradient(weight) * (denominator - positive_BL)
+
+
+LOSSES = ("full", "sampled", "bce", "gbce")
+
+
+class Task:
+    """The task: which rows a step needs, its loss, and how it scores the catalogue."""
+
+    def __init__(self, config: Config, tables: dict[str, Table], contexts: tuple[str, ...] = ()):
+        """tables: specs; "item" is the catalogue, each name of `contexts` a small table of a query-context column."""
+        self.config = config
+        self.tables = tables
+        self.contexts = contexts
+        self.num_items = tables["item"].num_ids
+
+    def ids(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, tuple[str, jax.Array]]:
+        """What a step touches: name -> (table, slots)."""
+        item = self.tables["item"]
+        touched = {"history": ("item", item.slots(batch["item_id"]))}
+        for name in self.contexts:
+            touched[name] = (name, batch[name])
+        if self.config.loss == "full":
+            touched["catalogue"] = ("item", item.slots(jnp.arange(1, self.num_items + 1)))
+        else:
+            touched["target"] = ("item", item.slots(batch["target"]))
+            negatives = self.negatives(batch, key)
+            touched["negative"] = ("item", item.slots(negatives))
+            if self.needs_frequency:
+                touched["target_frequency"] = (FREQUENCY, batch["target"])
+                touched["negative_frequency"] = (FREQUENCY, negatives)
+        return touched
+
+    @property
+    def needs_frequency(self) -> bool:
+        """Whether the tables must hold FREQUENCY: [V + 1, 1], each item's share of the training events."""
+        return self.config.logq != "none" and self.config.sampler != "uniform"
+
+    def negatives(self, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        """Item ids of the negatives: [B, L, N], [B, N] or [N] by `shared`; the same for the same key."""
+        c = self.config
+        B, L = batch["target"].shape
+        shape = {"token": (B, L, c.negatives), "row": (B, c.negatives), "batch": (c.negatives,)}[c.shared]
+        uniform_key, batch_key = jax.random.split(key)
+        uniform = jax.random.randint(uniform_key, shape, 1, self.num_items + 1)
+        share = SAMPLERS[c.sampler]
+        if share == 1.0:
+            return uniform
+        target = batch["target"].reshape(-1)
+        order = jnp.argsort(target == 0, stable=True)  # targets first, padding after them
+        count = jnp.maximum((target > 0).sum(), 1)
+        drawn = target[order][jnp.floor(jax.random.uniform(batch_key, shape) * count).astype(jnp.int32)]
+        if share == 0.0:
+            return drawn
+        return jnp.where(jnp.arange(c.negatives) < round(share * c.negatives), uniform, drawn)
+
+    def loss(self, model, rows: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array):
+        """Mean loss over the supervised positions, in nats for the softmax losses, and {"loss", "targets"}.
+
+        rows: the rows of `ids`, same names. key: the one given to `ids`; dropout uses a key derived from it.
+        """
+        query_BLD = self._query(model, rows, batch, jax.random.fold_in(key, 1))
+        weight_BL = (batch["target"] > 0).astype(jnp.float32)
+        if self.config.loss == "full":
+            scores = jnp.einsum("bld,vd->blv", query_BLD, self._item(rows["catalogue"]))
+            chosen = jnp.maximum(batch["target"] - 1, 0)[:, :, None]
+            positive = jnp.take_along_axis(scores, chosen, axis=-1)[:, :, 0]
+            loss_BL = full_softmax(positive, scores)
+        else:
+            loss_BL = self._sampled(query_BLD, rows, batch, key)
+        targets = weight_BL.sum()
+        loss = (weight_BL * loss_BL).sum() / jnp.maximum(targets, 1.0)
+        return loss, {"loss": loss, "targets": targets}
+
+    def queries(self, model, tables: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
+        """[B, L, D]: score of item v at a position = <query, item_vectors(v)>; no dropout."""
+        rows = {"history": lookup(tables["item"], self.tables["item"].slots(batch["item_id"]))}
+        rows |= {name: lookup(tables[name], batch[name]) for name in self.contexts}
+        return self._query(model, rows, batch, None)
+
+    def item_vectors(self, tables: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+        """[n] item ids -> [n, D] vectors to score against."""
+        return self._item(lookup(tables["item"], self.tables["item"].slots(ids)))
+
+    def _query(self, model, rows, batch, key):
+        x = rows["history"]
+        for name in self.contexts:
+            x = x + rows[name]
+        query = model(x, batch, key)
+        query = l2_normalize(query) if self.config.similarity == "cosine" else query
+        return query / self.config.temperature
+
+    def _item(self, rows):
+        return l2_normalize(rows) if self.config.similarity == "cosine" else rows
+
+    def _sampled(self, query_BLD, rows, batch, key):
+        c = self.config
+        positive = jnp.einsum("bld,bld->bl", query_BLD, self._item(rows["target"]))
+        pattern = {"token": "bld,blnd->bln", "row": "bld,bnd->bln", "batch": "bld,nd->bln"}[c.shared]
+        negative = jnp.einsum(pattern, query_BLD, self._item(rows["negative"]))
+        ids = self.negatives(batch, key)
+        ids = {"token": ids, "row": ids[:, None] if ids.ndim == 2 else ids, "batch": ids.reshape(1, 1, -1)}[c.shared]
+        valid = ids != batch["target"][:, :, None]
+        if c.loss in ("bce", "gbce"):
+            beta = 1.0 if c.loss == "bce" else gbce_beta(c.negatives, self.num_items, c.gbce_t)
+            return bce(positive, negative, beta)
+        if c.logq == "none":
+            return sampled_softmax(positive, jnp.where(valid, negative, MASKED))
+        q_target = self._proposal(rows.get("target_frequency"), batch["target"])
+        q = self._proposal(rows.get("negative_frequency"), ids).reshape(ids.shape)
+        if c.logq == "standard":
+            shifted = jnp.where(valid, negative - jnp.log(q), MASKED)
+            return sampled_softmax(positive - jnp.log(q_target), shifted)
+        log_q = jnp.log(q) - jnp.log1p(-jnp.minimum(q_target, 0.999))[:, :, None]
+        return corrected_softmax(positive, negative, log_q, valid)
+
+    def _proposal(self, frequency, ids):
+        """Probability that one draw is this item under the sampler's mixture: in-batch draws follow the training counts."""
+        share = SAMPLERS[self.config.sampler]
+        if share == 1.0:
+            return jnp.full(ids.shape, 1.0 / self.num_items)
+        frequency = jax.lax.stop_gradient(frequency[..., 0])
+        return jnp.maximum(share / self.num_items + (1.0 - share) * frequency, 1e-10)

@@ -1,0 +1,213 @@
+"""Train one model: python -m recscale.train --config=configs/hstu_ml1m.py --workdir=runs/hstu_ml1m --config.seed=1
+
+An existing workdir is resumed; a finished one is left alone. The workdir holds record.json, metrics.jsonl, checkpoints/,
+best/ (where the config selects a step), per_target_SPLIT.npz and, at the end, DONE.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from jax.sharding import NamedSharding
+from ml_collections import config_flags
+
+from recscale import record
+from recscale.checkpoint import Checkpoints
+from recscale.data.event_log import EventLogError
+from recscale.evaluate import evaluate
+from recscale.data.loading import Loader
+from recscale.mesh import ROWS_OF_BATCH, place_batch
+from recscale.run import Run, build, costs, init_state, make_train_step, seen
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Train to the end of the config's plan and return the record.
+
+    Resumes from the workdir's newest checkpoint; the result is bit for bit that of an unbroken run. A non-finite loss
+    ends the run with status "diverged". Raises ValueError where the workdir belongs to another config.
+    """
+    workdir = Path(workdir)
+    plain = config.to_dict()
+    book = _open_record(plain, workdir)
+    if book["status"] in ("ok", "diverged"):
+        print(f"{workdir}: finished before ({book['status']}); nothing to do", file=sys.stderr)
+        return book
+    started = time.time()
+    run = build(config)
+    state = init_state(run)
+    book |= costs(run) | {"seen": seen(run), "steps": run.steps}
+    record.write(workdir, book)
+
+    train_step = make_train_step(run)
+    c = config.train
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints, Checkpoints(workdir / "best", keep=1) as best:
+        start = 0
+        if checkpoints.latest() is not None:
+            state, data = checkpoints.restore(checkpoints.latest(), state)
+            start = data["next_index"]
+            print(f"{workdir}: resumed at step {start}", file=sys.stderr)
+        metrics = record.Metrics(workdir, start)
+        batches = run.loader.iterator(start)
+        progress = Progress(run.steps, start, run.loader.real_tokens / run.loader.num_rows * config.loader.batch_size)
+        status, reason, waiting, stop = "ok", "", None, False
+
+        for step in range(start + 1, run.steps + 1):
+            state, values = train_step(state, place_batch(run.mesh, next(batches)))
+            if waiting is not None:  # the metrics of the step before are read while this one runs
+                status, reason = _read(waiting, metrics, progress, c.log_every)
+            waiting = (step, values)
+            evaluating = step == run.steps or (c.eval_every and step % c.eval_every == 0)
+            if evaluating or step == run.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
+                if status == "ok":
+                    status, reason = _read(waiting, metrics, progress, c.log_every)
+                waiting = None
+            if status != "ok":
+                break
+            if evaluating:
+                rows, _ = evaluate_split(run, state, config.eval.during, step)
+                for row in rows:
+                    metrics.append(row)
+                chosen = selected(metrics.rows, config)
+                if chosen == step:
+                    best.save(step, state, {"next_index": step})
+                stop = bool(c.patience) and chosen is not None and step - chosen >= c.patience * c.eval_every
+            if waiting is None:
+                checkpoints.save(step, state, {"next_index": step})
+            if stop:
+                break
+
+        step = int(state["step"])
+        if status == "ok":
+            chosen = selected(metrics.rows, config)
+            if chosen is not None:
+                state, _ = best.restore(chosen, state)
+            for split in config.eval.final:
+                rows, per_target = evaluate_split(run, state, split, chosen or step, final=True)
+                for row in rows:
+                    metrics.append(row | {"final": True})
+                np.savez(workdir / f"per_target_{split}.npz", **per_target)
+            book["selected_step"] = chosen or step
+        book["evaluations"] = [row for row in metrics.evaluations() if "final" in row]
+        book["curve"] = [row for row in metrics.evaluations() if "final" not in row]
+        book |= {"status": status, "reason": reason, "stopped_at": step}
+        book["seconds"] = {"wall": book["seconds"]["wall"] + time.time() - started}
+        record.write(workdir, book)
+    if status == "ok":
+        (workdir / "DONE").write_text("")
+    return book
+
+
+def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
+    """Evaluate the state on a view of the run by config.eval; see recscale.evaluate.evaluate for what comes back."""
+    c, view = run.config.eval, run.views[split]
+    loader = Loader(
+        run.log,
+        view,
+        batch_size=c.batch_size,
+        length=run.config.loader.length,
+        row_length=run.config.loader.row_length or None,
+        layout=run.config.loader.layout,
+        queries=run.task.contexts,
+        shuffle=False,
+        with_example=True,
+    )
+    return evaluate(
+        state["model"],
+        state["tables"],
+        run.task,
+        loader,
+        run.log,
+        view,
+        step=step,
+        ks=c.ks,
+        protocols=c.protocols,
+        block=c.block,
+        chunk=c.chunk,
+        top_k=c.top_k if final else 0,
+        nats_only=not c.protocols,
+        sharding=NamedSharding(run.mesh, ROWS_OF_BATCH),
+    )
+
+
+def selected(rows: list[dict[str, Any]], config: ml_collections.ConfigDict) -> int | None:
+    """The evaluation step with the best value of train.select ("metric max" or "metric min"); None without selection."""
+    if not config.train.select:
+        return None
+    metric, direction = config.train.select.split()
+    values = {r["step"]: r["value"] for r in rows if r.get("metric") == metric and r["slice"] == "all" and "final" not in r}
+    if not values:
+        return None
+    return (max if direction == "max" else min)(values, key=lambda s: values[s])
+
+
+def _open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    workdir.mkdir(parents=True, exist_ok=True)
+    fresh = record.new(config)
+    if not (workdir / "record.json").exists():
+        return fresh | {"seconds": {"wall": 0.0}}
+    book = record.read(workdir)
+    if book["config_hash"] != fresh["config_hash"]:
+        raise ValueError(
+            f"{workdir}: holds a run of another config ({book['config_hash']}, this one is {fresh['config_hash']}). "
+            "Choose another --workdir, or delete this one."
+        )
+    return book
+
+
+def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, progress: "Progress", log_every: int):
+    step, values = waiting
+    loss = float(values["loss"])
+    if step % log_every == 0 or not math.isfinite(loss):
+        metrics.append({"step": step, "loss": loss, "seconds": round(progress.elapsed(), 3)})
+    progress.show(step, loss)
+    if math.isfinite(loss):
+        return "ok", ""
+    return "diverged", f"loss {loss} at step {step}"
+
+
+class Progress:
+    """One line about the run on stderr: rewritten on a terminal, every ten seconds in a pipe."""
+
+    def __init__(self, steps: int, start: int, events_per_step: float):
+        self.steps, self.start, self.events_per_step = steps, start, events_per_step
+        self.began = self.shown = time.time()
+        self.first: float | None = None
+
+    def elapsed(self) -> float:
+        return time.time() - self.began
+
+    def show(self, step: int, loss: float) -> None:
+        now = time.time()
+        if self.first is None:  # the first step compiles: speed is counted from its end
+            self.first, self.start = now, step
+        if now - self.shown < (0.5 if sys.stderr.isatty() else 10.0) and step != self.steps:
+            return
+        self.shown = now
+        rate = (step - self.start) / max(now - self.first, 1e-9)
+        left = (self.steps - step) / rate if rate else float("nan")
+        line = f"step {step}/{self.steps}  {rate * self.events_per_step:,.0f} events/s  loss {loss:.4f}  ETA {left:.0f}s"
+        print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+def main(_: list[str]) -> None:
+    try:
+        book = train(_CONFIG.value, _WORKDIR.value)
+    except (EventLogError, ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    for row in book["evaluations"]:
+        print(f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}")
+    if book["status"] != "ok":
+        sys.exit(f"{book['status']}: {book['reason']}")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/hstu_ml1m.py", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; an existing one is resumed")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
