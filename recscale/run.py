@@ -66,7 +66,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         length=config.loader.length,
         row_length=config.loader.row_length or None,
         layout=config.loader.layout,
-        window=config.loader.window,
+        window="random" if config.loader.window == "random" else "last",
         queries=contexts,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -103,6 +103,8 @@ def _views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits
         views["train"] = splits.limit_users(views["train"], config.data.users)
     if config.data.events_per_user:
         views["train"] = splits.limit_events(views["train"], config.data.events_per_user)
+    if config.loader.window == "all":
+        views["train"] = splits.in_windows(views["train"], config.loader.length)
     return views
 
 

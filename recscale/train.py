@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
@@ -37,6 +37,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     book = _open_record(plain, workdir)
     if book["status"] in ("ok", "diverged"):
         print(f"{workdir}: finished before ({book['status']}); nothing to do", file=sys.stderr)
+        _mark_done(workdir, book)
         return book
     started = time.time()
     run = build(config)
@@ -62,8 +63,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             if waiting is not None:  # the metrics of the step before are read while this one runs
                 status, reason = _read(waiting, metrics, progress, c.log_every)
             waiting = (step, values)
-            evaluating = step == run.steps or (c.eval_every and step % c.eval_every == 0)
-            if evaluating or step == run.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
+            last = step == run.steps
+            evaluating = c.eval_every and (last or step % c.eval_every == 0)
+            if evaluating or last or (c.checkpoint_every and step % c.checkpoint_every == 0):
                 if status == "ok":
                     status, reason = _read(waiting, metrics, progress, c.log_every)
                 waiting = None
@@ -98,9 +100,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         book |= {"status": status, "reason": reason, "stopped_at": step}
         book["seconds"] = {"wall": book["seconds"]["wall"] + time.time() - started}
         record.write(workdir, book)
-    if status == "ok":
-        (workdir / "DONE").write_text("")
+    _mark_done(workdir, book)
     return book
+
+
+def _mark_done(workdir: Path, book: dict[str, Any]) -> None:
+    """DONE is written last: whoever sees it knows that the record is complete."""
+    (workdir / "DONE").write_text(book["status"] + "\n")
 
 
 def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
@@ -196,6 +202,8 @@ class Progress:
 
 
 def main(_: list[str]) -> None:
+    """Command line of the module docstring; one line and a non-zero exit status on a bad config, log or workdir."""
+    logging.set_verbosity(logging.WARNING)
     try:
         book = train(_CONFIG.value, _WORKDIR.value)
     except (EventLogError, ValueError, TypeError, FileNotFoundError) as error:

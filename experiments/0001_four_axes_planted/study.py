@@ -1,0 +1,134 @@
+"""Four scaling axes on planted data, where the floor is known. Question, prediction and verdict: README.md beside.
+
+    python -m launch.local experiments/0001_four_axes_planted
+    python -m recscale.train --config=experiments/0001_four_axes_planted/study.py:users-1000-s0 --workdir=DIR
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import hstu_planted
+from recscale.data import splits
+from recscale.data.event_log import EventLog
+from recscale.data.planted import config_of, next_item_nats
+from recscale.data.prepare import prepare as prepare_log
+from recscale.scaling import axes, report
+from recscale.scaling.collect import collect
+from recscale.scaling.laws import AxisSpec
+
+NAME = "0001_four_axes_planted"
+LOG = Path("runs/logs/planted_20000")
+USERS, EVAL_USERS, BASE_USERS = 20_000, 4_000, 8_000
+BASE_SEEDS = (0, 1, 2)
+HISTORY = 32
+# sub-axis -> (axis, axis function, levels); the base level is not repeated
+SWEEPS = {
+    "dim": ("table", axes.table_dim, (2, 4, 8, 16, 64)),
+    "rows": ("table", axes.table_rows, (62, 125, 250, 500)),
+    "users": ("data", axes.data_users, (500, 1000, 2000, 4000, 16_000)),
+    "history": ("context", axes.context_history, (1, 2, 4, 8, 16, 64)),
+    "width": ("encoder", axes.encoder_width, (4, 8, 16, 64)),
+    "depth": ("encoder", axes.encoder_depth, (1, 4)),
+}
+
+
+def base() -> ConfigDict:
+    """The cell that all axes share: 8,000 users, one pass, table 1,000 x 32, history 32, HSTU 2 x 32."""
+    config = hstu_planted.get_config().unlock()
+    config.data.path = str(LOG)
+    config.split.train_users, config.split.eval_users = USERS - EVAL_USERS, EVAL_USERS
+    config.loader.length = HISTORY
+    config.cell.coordinates = ConfigDict(
+        {
+            "table_rows": 0,
+            "table_dim": config.model.embed_dim,
+            "users": BASE_USERS,
+            "history": HISTORY,
+            "context_features": 0,
+            "width": config.model.width,
+            "depth": config.model.depth,
+        }
+    )
+    return axes.data_users(config.lock(), BASE_USERS)
+
+
+def _configs() -> dict[str, ConfigDict]:
+    every_axis = tuple(axes.AXES)
+    found = {f"base-s{seed}": axes.cell(base(), NAME, "base", every_axis, seed) for seed in BASE_SEEDS}
+    for sub_axis, (axis, change, levels) in SWEEPS.items():
+        for level in levels:
+            name = f"{sub_axis}-{level}"
+            found[f"{name}-s0"] = axes.cell(change(base(), level), NAME, name, (axis,))
+    features = axes.context_features(base(), ("surface",))
+    found["features-1-s0"] = axes.cell(features, NAME, "features-1", ("context",))
+    return found
+
+
+def cells() -> list[str]:
+    """Names of the cells, most expensive first so that none is left running alone at the end."""
+    found = _configs()
+    cost = {n: c.data.users * c.model.depth * (c.model.width + c.loader.length) for n, c in found.items()}
+    return sorted(found, key=lambda name: -cost[name])
+
+
+def get_config(cell: str) -> ConfigDict:
+    """Config of a cell, e.g. "base-s0"."""
+    found = _configs()
+    if cell not in found:
+        raise ValueError(f"study {NAME} has no cell {cell!r}; it has {', '.join(found)}")
+    return found[cell].lock()
+
+
+def prepare(folder: Path) -> None:
+    """Generate the log once and write the known floors of the evaluation targets to FOLDER/floors.json."""
+    log = prepare_log("planted", LOG, settings={"users": USERS})
+    if not (folder / "floors.json").exists():
+        (folder / "floors.json").write_text(json.dumps(floors(log), indent=1))
+
+
+def floors(log: EventLog) -> dict[str, float]:
+    """Bayes-optimal nats on the test targets: "history=L" and "history=L, surface", and the popularity loss."""
+    view = splits.by_user(log, USERS - EVAL_USERS, EVAL_USERS, eval_targets=1)["test"]
+    planted = config_of(log)
+
+    def mean(history: int | None, context: bool = False) -> float:
+        return float(np.mean(next_item_nats(planted, log, view, history, context)))
+
+    lengths = (1, 2, 4, 8, 16, 32, 64)
+    found = {"popularity": mean(0), "history=all": mean(None)} | {f"history={n}": mean(n) for n in lengths}
+    return found | {f"history={HISTORY}, surface": mean(HISTORY, context=True)}
+
+
+def _swept(*sub_axes: str):
+    """Predicate of a row: a base cell or a cell of these sub-axes."""
+    return lambda row: row["cell.name"].split("-")[0] in ("base", *sub_axes)
+
+
+def report_axes(known: dict[str, float]) -> list[AxisSpec]:
+    """What the report fits, in the order shown."""
+    floor = known[f"history={HISTORY}"]
+    return [
+        AxisSpec("dim", "parameters.tables", "table: width of the item vectors", "table parameters", _swept("dim"), floor=floor),
+        AxisSpec("rows", "table.rows", "table: rows, items share them by hashing", "rows", _swept("rows"), floor=floor),
+        AxisSpec("users", "seen.events", "data: users, one pass", "training events", _swept("users"), floor=floor),
+        AxisSpec("history", "cell.coordinates.history", "context: length of history", "events", _swept("history"),
+                 floor=known["history=all"]),  # fmt: skip
+        AxisSpec("width", "parameters.dense", "encoder: width", "encoder parameters", _swept("width"), floor=floor),
+        AxisSpec("depth", "cell.coordinates.depth", "encoder: depth", "layers", _swept("depth"), floor=floor),
+    ]
+
+
+def write_report(folder: Path) -> Path:
+    """Collect the runs of FOLDER and write FOLDER/report.html."""
+    known = json.loads((folder / "floors.json").read_text())
+    return report.write(
+        folder,
+        collect(folder),
+        report_axes(known),
+        title="Four axes on planted data",
+        question="The floor of this data is known. Which axis should be scaled next, and does a fitted law find the floor?",
+        floors=known,
+    )

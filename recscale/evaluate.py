@@ -1,0 +1,212 @@
+"""Evaluation over the whole catalogue, streamed over users and item blocks in bounded memory.
+
+Order and ties: items are ordered by (score descending, id ascending), so an equal score counts before the target only
+where its id is smaller. Padding (id 0) is never ranked. Two protocols, two metric names: `hr@10` ranks the whole
+catalogue, `hr@10/unseen` first removes every item of the user's earlier events in the log (all of them, not the
+truncated history), the target excepted. `nats` is -log p(target) under the softmax over the whole catalogue.
+
+One process evaluates everything, on one device or on a mesh with Auto axes.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recscale import metrics
+from recscale.data.event_log import EventLog
+from recscale.data.splits import View, runs
+from recscale.layers.ranking import pack_seen, rank_catalogue
+
+
+def evaluate(
+    model: Any,
+    tables: Any,
+    task: Any,
+    loader: Any,
+    log: EventLog,
+    view: View,
+    *,
+    step: int = 0,
+    ks: Sequence[int] = (10,),
+    protocols: Sequence[str] = ("full", "unseen"),
+    block: int = 4096,
+    top_k: int = 10,
+    chunk: int = 256,
+    slices: Mapping[str, np.ndarray] | None = None,
+    nats_only: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Rank every target of the view; returns (rows, per_target).
+
+    task: `queries(model, tables, batch) -> [B, R, D]` and `item_vectors(tables, ids_N) -> [N, D]`, both pure.
+    loader: over this log and view, shuffle=False, with_example=True, window="last", the rows of one process.
+    chunk: targets ranked at a time (fixed: only one shape is compiled); block: items scored at a time. top_k: length of
+    the lists behind `coverage@k`, for the k of ks that are <= top_k; 0 leaves it out. nats_only: no ranking at all.
+    sharding: where the batch rows and the chunk's queries go (for example over the mesh axis "data").
+
+    rows: {step, split, slice, metric, value, stderr, n}; value and stderr are None where undefined (empty slice, n = 1,
+    coverage has no stderr). slices: name -> bool mask over the view's examples [N], or over all its targets [T] in the
+    order of `splits.target_rows`.
+    per_target, in order of (example, log row): `example` (index into the view), `row` (the target's row in the log),
+    `nats`, and `rank`, `rank_unseen`. A view read as "window" has one query per example: `nats` is that of its first
+    target, and instead of ranks there are `num_targets` (repeats counted) and the bool lists `hits`, `hits_unseen`
+    [n, top_k]; items among the targets are never filtered as seen.
+
+    Raises ValueError on a non-finite score, on a loader that does not deliver each example of the view exactly once or
+    whose targets are not the log's, on slices of the wrong length, on top lists too short for a window view.
+    """
+    window = view.reading == "window"
+    protocols = () if nats_only else tuple(protocols)
+    if window and protocols and top_k < max(ks):
+        raise ValueError(f"top_k={top_k} but the view {view.name!r} is read as a window: give top_k >= {max(ks)}.")
+    rank = functools.partial(rank_catalogue, item_vectors=task.item_vectors, num_items=log.num_items, block=block,
+                             top_k=top_k, protocols=protocols)  # fmt: skip
+    collected, waiting = [], None
+    for query_nD, example, row in _in_chunks(_targets(model, tables, task, loader, log, view, chunk, sharding), chunk):
+        seen = _seen(log, view, example, row, window) if "unseen" in protocols else None
+        query_QD = np.zeros((chunk, query_nD.shape[1]), query_nD.dtype)
+        query_QD[: len(row)] = query_nD
+        target_Q = np.zeros(chunk, np.int32)
+        target_Q[: len(row)] = log.events["item_id"][row]
+        result = rank(*jax.device_put((query_QD, target_Q), sharding), seen, tables)
+        if waiting is not None:  # the host prepares this chunk while the device ranks the one before
+            collected.append(_fetch(*waiting))
+        waiting = (result, example, row)
+    if waiting is not None:
+        collected.append(_fetch(*waiting))
+    found = {name: np.concatenate([part[name] for part in collected]) for name in collected[0]} if collected else {}
+    per_target, lists = _in_view_order(found, view, log, window)
+    masks = {"all": np.ones(len(per_target["row"]), bool)}
+    masks |= {name: _target_mask(name, mask, view, per_target) for name, mask in (slices or {}).items()}
+    return _rows(per_target, lists, masks, log.num_items, ks, {"step": step, "split": view.name}), per_target
+
+
+@functools.partial(jax.jit, static_argnames="queries")
+def _queries(model, tables, batch, *, queries):
+    hidden_BRD = queries(model, tables, batch)
+    return hidden_BRD.reshape(-1, hidden_BRD.shape[-1]).astype(jnp.float32)
+
+
+_take = jax.jit(lambda query_TD, index_Q: query_TD[index_Q])
+
+
+def _targets(model, tables, task, loader, log, view, chunk, sharding) -> Iterator[tuple[np.ndarray, ...]]:
+    """Per batch: the queries of its targets [n, D], their example and their row in the log."""
+    for i in range(loader.steps_per_epoch):
+        batch = loader[i]
+        batch_row, place = np.nonzero(batch["target"])
+        if not len(place):
+            continue
+        example_BR = batch["example"]
+        last_BR = np.concatenate([example_BR[:, 1:] != example_BR[:, :-1], np.ones((len(example_BR), 1), bool)], axis=1)
+        ends_BR = np.where(last_BR, np.arange(example_BR.shape[1]), example_BR.shape[1])
+        ends_BR = np.minimum.accumulate(ends_BR[:, ::-1], axis=1)[:, ::-1]
+        example = example_BR[batch_row, place].astype(np.int64) - 1
+        stop = view.target_start[example] + 1 if view.reading == "window" else view.stop[example]
+        row = stop - 1 - (ends_BR[batch_row, place] - place)
+        wrong = int((log.events["item_id"][row] != batch["target"][batch_row, place]).sum())
+        if wrong:
+            raise ValueError(
+                f"view {view.name!r}: {wrong} of {len(row)} targets in batch {i} are not the log's item at that event; "
+                'make the loader from the same log and view, with window="last".'
+            )
+        query_TD = _queries(model, tables, jax.device_put(batch, sharding), queries=task.queries)
+        flat = batch_row * example_BR.shape[1] + place
+        for start in range(0, len(flat), chunk):
+            index = np.zeros(chunk, np.int32)
+            part = slice(start, start + chunk)
+            index[: len(flat[part])] = flat[part]
+            yield np.asarray(_take(query_TD, index))[: len(flat[part])], example[part], row[part]
+
+
+def _in_chunks(parts: Iterator[tuple[np.ndarray, ...]], size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Regroup arrays of any length into pieces of `size`, the last one shorter: every ranking call is full."""
+    held = None
+    for part in parts:
+        held = part if held is None else tuple(np.concatenate(pair) for pair in zip(held, part, strict=True))
+        while len(held[0]) >= size:
+            yield tuple(array[:size] for array in held)
+            held = tuple(array[size:] for array in held)
+    if held is not None and len(held[0]):
+        yield held
+
+
+def _events(log: EventLog, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The item ids of runs start:stop of the log, and which run each belongs to."""
+    owner = np.repeat(np.arange(len(start)), stop - start)
+    return owner, log.events["item_id"][runs(start, stop - start)]
+
+
+def _seen(log, view, example, row, window) -> tuple[np.ndarray, np.ndarray]:
+    """Packed pairs of all earlier events of each target's user, from the user's first event in the log."""
+    owner, item = _events(log, log.offsets[view.user[example]], row)
+    if window:
+        target_owner, target_item = _events(log, view.target_start[example], view.stop[example])
+        wanted = target_owner * np.int64(log.num_items + 1) + target_item
+        kept = ~np.isin(owner * np.int64(log.num_items + 1) + item, wanted)
+        owner, item = owner[kept], item[kept]
+    return pack_seen(owner, item)
+
+
+def _fetch(result: dict[str, jax.Array], example: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
+    """Bring a chunk to the host, without its filling; raises ValueError on a non-finite score."""
+    values = {name: np.asarray(value)[: len(row)] for name, value in result.items()}
+    bad = int((~values.pop("finite")).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(row)} queries have a NaN or infinite score (first: example "
+            f"{int(example[np.argmin(np.asarray(result['finite'])[: len(row)])])}): the model or the tables diverged."
+        )
+    return values | {"nats": -values.pop("log_prob").astype(np.float64), "example": example, "row": row}
+
+
+def _in_view_order(found, view, log, window) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """per_target and the top lists per protocol suffix, sorted by (example, row); checks that nothing is missing."""
+    example = found.get("example", np.zeros(0, np.int64))
+    order = np.lexsort((found["row"], example)) if len(example) else example
+    found = {name: value[order] for name, value in found.items()}
+    missing = len(view) - len(np.unique(example))
+    twice = len(example) - len(np.unique(found["row"])) if len(example) else 0
+    if missing or twice:
+        raise ValueError(
+            f"view {view.name!r}: {missing} of {len(view)} examples missing, {twice} targets delivered twice; "
+            "make the loader from this view with shuffle=False and process_count=1."
+        )
+    per_target = {name: found[name] for name in ("example", "row", "nats")}
+    lists = {name.removeprefix("top/"): value for name, value in found.items() if name.startswith("top/")}
+    if not window:
+        ranks = {name: value for name, value in found.items() if name.startswith("rank/")}
+        return per_target | {metrics.column("rank", name.removeprefix("rank/")): v for name, v in ranks.items()}, lists
+    owner, item = _events(log, view.target_start[per_target["example"]], view.stop[per_target["example"]])
+    per_target["num_targets"] = (view.stop - view.target_start)[per_target["example"]]
+    for name, top in lists.items():
+        per_target[metrics.column("hits", name)] = metrics.hits_in_lists(top, owner, item, log.num_items)
+    return per_target, lists
+
+
+def _target_mask(name, mask, view, per_target) -> np.ndarray:
+    """A slice over examples or over all targets of the view -> over the targets that were ranked."""
+    count = view.stop - view.target_start
+    if len(mask) == len(view):
+        return mask[per_target["example"]]
+    if len(mask) == count.sum() and view.reading == "next_item":
+        place = np.cumsum(count) - count - view.target_start
+        return mask[place[per_target["example"]] + per_target["row"]]
+    raise ValueError(
+        f"slice {name!r}: {len(mask)} values; view {view.name!r} has {len(view)} examples, {count.sum()} targets."
+    )
+
+
+def _rows(per_target, lists, masks, num_items, ks, where) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for slice_name, mask in masks.items():
+        values = {name: value[mask] for name, value in per_target.items()}
+        tops = {name: value[mask] for name, value in lists.items()}
+        for metric, cell in metrics.summarise(values, tops, num_items, ks).items():
+            value, stderr, n = (None if np.isnan(x) else x for x in cell)
+            rows.append(where | {"slice": slice_name, "metric": metric, "value": value, "stderr": stderr, "n": n})
+    return rows

@@ -1,0 +1,98 @@
+"""The four axes of a study, each a function that turns a base config into the config of a cell.
+
+An axis function copies the base, changes what its axis means and nothing else, and notes the coordinate in
+`config.cell.coordinates`. `cell` then names it and says which axes it belongs to.
+"""
+
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from recscale.scaling import recipes
+
+
+def _changed(base: ConfigDict, coordinate: str, value: int) -> ConfigDict:
+    config = base.copy_and_resolve_references().unlock()
+    config.cell.coordinates[coordinate] = value
+    return config.lock()
+
+
+def table_rows(base: ConfigDict, rows: int) -> ConfigDict:
+    """Table axis: rows of the item table; fewer rows than items are shared by hashing (0: a row per item)."""
+    config = _changed(base, "table_rows", rows)
+    config.table.rows = rows
+    return config
+
+
+def table_dim(base: ConfigDict, dim: int) -> ConfigDict:
+    """Table axis: width of the item vectors, the encoder's width unchanged."""
+    config = _changed(base, "table_dim", dim)
+    config.model.embed_dim = dim
+    return config
+
+
+def data_users(base: ConfigDict, users: int) -> ConfigDict:
+    """Data axis: training users (nested: fewer users are a part of more users)."""
+    config = _changed(base, "users", users)
+    config.data.users = users
+    return config
+
+
+def data_events(base: ConfigDict, events: int) -> ConfigDict:
+    """Data axis: the last `events` events of every training user."""
+    config = _changed(base, "events_per_user", events)
+    config.data.events_per_user = events
+    return config
+
+
+def context_history(base: ConfigDict, length: int) -> ConfigDict:
+    """Context axis: events of history the model sees, in training and in evaluation."""
+    config = _changed(base, "history", length)
+    config.loader.length = length
+    return config
+
+
+def context_features(base: ConfigDict, names: Sequence[str]) -> ConfigDict:
+    """Context axis: query-context columns the model sees (none: an empty sequence)."""
+    config = _changed(base, "context_features", len(names))
+    config.loader.queries = tuple(names)
+    return config
+
+
+def encoder_width(base: ConfigDict, width: int) -> ConfigDict:
+    """Encoder axis: width, with heads and learning rate by recipe; the item vectors keep their width."""
+    config = _changed(base, "width", width)
+    config.optim.learning_rate = recipes.learning_rate(base.optim.learning_rate, base.model.width, width)
+    config.model.width = width
+    config.model.heads = recipes.heads(width)
+    if "ffn" in config.model:
+        config.model.ffn = base.model.ffn * width // base.model.width
+    if "qk_dim" in config.model:
+        config.model.qk_dim = config.model.v_dim = width // config.model.heads
+    return config
+
+
+def encoder_depth(base: ConfigDict, depth: int) -> ConfigDict:
+    """Encoder axis: layers."""
+    config = _changed(base, "depth", depth)
+    config.model.depth = depth
+    return config
+
+
+AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
+    "table": {"rows": table_rows, "dim": table_dim},
+    "data": {"users": data_users, "events": data_events},
+    "context": {"history": context_history, "features": context_features},
+    "encoder": {"width": encoder_width, "depth": encoder_depth},
+}
+
+
+def cell(config: ConfigDict, study: str, name: str, axes: Sequence[str], seed: int = 0) -> ConfigDict:
+    """The config as a named cell of a study that belongs to `axes`; raises ValueError for an unknown axis."""
+    unknown = set(axes) - set(AXES)
+    if unknown:
+        raise ValueError(f"cell {name!r}: unknown axes {sorted(unknown)}, expected some of {tuple(AXES)}")
+    config = config.copy_and_resolve_references()
+    config.study, config.seed = study, seed
+    config.cell.name, config.cell.axes = name, tuple(axes)
+    return config
