@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"path": "logs/planted", "users": 0, "events_per_user": 0})
     c.split = ConfigDict({"name": "by_user", "train_users": 12_000, "eval_users": 4_000, "eval_targets": 1})
     c.loader = ConfigDict(
-        {"batch_size": 32, "length": 32, "row_length": 0, "layout": "packed", "window": "all", "queries": ()}
+        {"batch_size": 4, "length": 32, "row_length": 64, "layout": "packed", "window": "all", "queries": ()}
     )
 
     c.model_name = "hstu"
@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
         {
             "schedule": "cosine",
             "learning_rate": 3e-3,
-            "warmup": 20,
+            "warmup": 50,
             "b1": 0.9,
             "b2": 0.98,
             "weight_decay": 0.0,

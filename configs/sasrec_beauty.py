@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     )
     c.optim = ConfigDict(
         {
-            "schedule": "constant",
+            "schedule": "cosine",
             "learning_rate": 1e-3,
             "warmup": 0,
             "b1": 0.9,

@@ -1,8 +1,8 @@
 """Run a study on this machine: python -m launch.local experiments/0001_four_axes_planted [--jobs=2] [--runs=runs]
 
 A study is a folder with a study.py that has `cells()` (names), `get_config(cell)`, `prepare(folder)` (data, once) and
-`write_report(folder)`. Each cell is one process, `python -m recscale.train`, on cores of its own; finished cells are skipped,
-a failed cell stops no other and is tried again by the next call. Ctrl-C leaves everything resumable.
+`write_report(folder)`. Each cell is one process, `python -m recscale.train`, on cores of its own; finished cells are
+skipped, a failed cell stops no other and is tried again by the next call. Ctrl-C leaves everything resumable.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def run(study: Path, folder: Path, jobs: int) -> list[str]:
         while waiting or running:
             for slot in [slot for slot in slots if slot not in running][: len(waiting)]:
                 name = waiting.pop(0)
-                running[slot] = (name, start(study, name, folder / name, folder / ".jax_cache", slots[slot]), time.time())
+                process = start(study, name, folder / name, folder / ".jax_cache", slots[slot])
+                running[slot] = (name, process, time.time())
             time.sleep(POLL_SECONDS)
             for slot, (name, process, since) in list(running.items()):
                 if process.poll() is None:
@@ -107,7 +108,7 @@ def main() -> None:
     report = load(arguments.study).write_report(folder)
     print(f"report: {report.resolve()}  ({time.time() - began:.0f}s in all)")
     if failed:
-        sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}; the report lists them, the same command tries again")
+        sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}; the report lists them, run again to retry them")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ def _named(state: Any) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one folder, newest `keep` of them. Use as a context manager: leaving it waits for the writes."""
+    """The newest `keep` checkpoints of one folder. Use as a context manager: leaving it waits for the writes."""
 
     def __init__(self, path: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(path.absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(path.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -36,7 +37,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict[str, int]) -> None:
-        """Start writing `state` and the data position; returns before the write ends. Saving a step twice is a no-op."""
+        """Start writing `state` and the data position; returns before the write ends. A step is saved once."""
         if step == self.latest():
             return
         # A copy, because the next step donates these buffers while the write is still going on.
@@ -44,6 +45,10 @@ class Checkpoints:
         self.manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data))
         )
+
+    def wait(self) -> None:
+        """Return when everything saved so far is on disk."""
+        self.manager.wait_until_finished()
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, int]]:
         """The state at `step` in the structure, types and shardings of `state`, and the data position.

@@ -6,20 +6,32 @@ catalogue, `hr@10/unseen` first removes every item of the user's earlier events 
 truncated history), the target excepted. `nats` is -log p(target) under the softmax over the whole catalogue.
 
 One process evaluates everything, on one device or on a mesh with Auto axes.
+
+    python -m recscale.evaluate --config=configs/hstu_ml1m.py --workdir=runs/hstu_ml1m [--split=test]
 """
 
 import functools
+import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags, logging
+from jax.sharding import NamedSharding
+from ml_collections import config_flags
 
 from recscale import metrics
-from recscale.data.event_log import EventLog
+from recscale.checkpoint import Checkpoints
+from recscale.data.event_log import EventLog, EventLogError
+from recscale.data.loading import Loader
 from recscale.data.splits import View, runs
 from recscale.layers.ranking import pack_seen, rank_catalogue
+from recscale.mesh import ROWS_OF_BATCH
+from recscale.run import Run, build, init_state
 
 
 def evaluate(
@@ -210,3 +222,65 @@ def _rows(per_target, lists, masks, num_items, ks, where) -> list[dict[str, Any]
             value, stderr, n = (None if np.isnan(x) else x for x in cell)
             rows.append(where | {"slice": slice_name, "metric": metric, "value": value, "stderr": stderr, "n": n})
     return rows
+
+
+def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
+    """Evaluate a train state on a split of its run, as config.eval says; returns (rows, per_target) of `evaluate`.
+
+    final: with the top lists behind coverage; raises ValueError for a split the run does not have.
+    """
+    if split not in run.views:
+        raise ValueError(f"split {split!r}: this run has {tuple(run.views)}; see split and eval in the config")
+    c, view = run.config.eval, run.views[split]
+    loader = Loader(
+        run.log,
+        view,
+        batch_size=c.batch_size,
+        length=run.config.loader.length,
+        row_length=run.config.loader.row_length or None,
+        layout=run.config.loader.layout,
+        queries=run.task.contexts,
+        shuffle=False,
+        with_example=True,
+    )
+    return evaluate(
+        state["model"],
+        state["tables"],
+        run.task,
+        loader,
+        run.log,
+        view,
+        step=step,
+        ks=c.ks,
+        protocols=c.protocols,
+        block=c.block,
+        chunk=c.chunk,
+        top_k=c.top_k if final else 0,
+        nats_only=not c.protocols,
+        sharding=NamedSharding(run.mesh, ROWS_OF_BATCH),
+    )
+
+
+def main(_: list[str]) -> None:
+    """Command line: evaluate the selected (else the newest) checkpoint of a workdir and print one row per metric."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        workdir, run = Path(_WORKDIR.value), build(_CONFIG.value)
+        folder = workdir / ("best" if _CONFIG.value.train.select else "checkpoints")
+        with Checkpoints(folder, keep=1) as checkpoints:
+            step = checkpoints.latest()
+            if step is None:
+                raise ValueError(f"{folder}: no checkpoint; train first, with the same --config and --workdir")
+            state, _ = checkpoints.restore(step, init_state(run))
+        rows, _ = evaluate_split(run, state, _SPLIT.value, step, final=True)
+    except (EventLogError, ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(json.dumps(row) for row in rows))
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config the workdir was trained with", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run")
+    _SPLIT = flags.DEFINE_string("split", "test", "Which split to evaluate")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -19,7 +19,7 @@ def make_mesh(data: int, model: int) -> Mesh:
     devices = jax.devices()
     if data < 1 or model < 1 or data * model > len(devices):
         raise ValueError(
-            f"mesh {data}x{model} needs {data * model} devices, {len(devices)} are here: change mesh.data and mesh.model"
+            f"mesh {data}x{model} needs {data * model} devices, {len(devices)} are here: change mesh.data or mesh.model"
         )
     grid = np.array(devices[: data * model]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))

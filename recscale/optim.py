@@ -1,7 +1,7 @@
 """Optimizers: optax for the dense parameters, one entry per rule for the tables, and the learning-rate schedule.
 
-A table rule is a pair of pure functions, `init(table) -> slots` and `update(table, state, touched, grads, lr) -> (table,
-state)`, where `touched` [N] are the rows a step used and `grads` [N, D] their gradients, repeats included.
+A table rule is a pair of pure functions, `init(table) -> state` and `update(table, state, touched, grads, lr) ->
+(table, state)`, where `touched` [N] are the rows a step used and `grads` [N, D] their gradients, repeats included.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class TableRule(NamedTuple):
 
 
 def schedule(name: str, peak: float, warmup: int, steps: int) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up, then "constant", "cosine" (to zero) or "wsd" (linear decay, last fifth)."""
+    """Learning rate over steps: linear warm-up, then "constant", "cosine" (to zero) or "wsd" (last fifth linear)."""
     if name not in SCHEDULES:
         raise ValueError(f"optim.schedule = {name!r}: expected one of {tuple(SCHEDULES)}")
     body = SCHEDULES[name](peak, max(1, steps - warmup))
@@ -38,14 +38,16 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
 }
 
 
-def dense(learning_rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip: float) -> optax.GradientTransformation:
+def dense(
+    learning_rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
     """AdamW with global-norm clipping (clip = 0: none) for the dense parameters."""
     chain = [optax.clip_by_global_norm(clip)] if clip else []
     return optax.chain(*chain, optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay))
 
 
 def _adam() -> TableRule:
-    """Adam on the whole table: exact, and as costly as the table is large. For small catalogues and published recipes."""
+    """Adam on the whole table: exact, costs as much as the table. For small catalogues and published recipes."""
     rule = optax.scale_by_adam(b1=0.9, b2=0.98)
 
     def update(table, state, touched, grads, lr):

@@ -79,17 +79,21 @@ def read(path: Path) -> dict[str, Any]:
     """The record of the run folder `path`; raises FileNotFoundError or ValueError naming the file."""
     file = path / "record.json"
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(file.read_text())
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{file}: not valid JSON ({error}); delete the folder and run the cell again") from error
+    version = found["schema_version"] if isinstance(found, dict) and "schema_version" in found else "no schema_version"
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{file}: found {version}, expected a run record of schema version {SCHEMA_VERSION}")
+    return found
 
 
 class Metrics:
-    """metrics.jsonl of a run: append rows, flushed at once; opened at a step, rows after that step are cut off."""
+    """metrics.jsonl of a run: append rows, flushed at once; opened at a step, later rows and final ones are cut off."""
 
     def __init__(self, path: Path, step: int):
         self.file = path / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        kept = [row for row in read_metrics(path) if row["step"] <= step and "final" not in row]
         part = self.file.with_suffix(".partial")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(part, self.file)
@@ -100,6 +104,13 @@ class Metrics:
         self.rows.append(row)
         self.handle.write(json.dumps(row) + "\n")
         self.handle.flush()
+
+    def close(self) -> None:
+        self.handle.close()
+
+    def seconds(self) -> float:
+        """Time the run had taken at its last row, restarts left out."""
+        return max((row["seconds"] for row in self.rows if "seconds" in row), default=0.0)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluation rows (those with a metric), as the record keeps them."""

@@ -27,6 +27,20 @@ MODEL_STREAM, TABLE_STREAM, STEP_STREAM = 0, 1, 2
 TRAIN_MULTIPLIER = 3  # a backward pass costs two forward passes
 
 
+WINDOWS = ("last", "random", "all")
+TOP_LEVEL = ("seed", "study", "model_name", "model", "task_name", "task", "split")
+SECTIONS = {
+    "cell": ("name", "axes", "coordinates"),
+    "data": ("path", "users", "events_per_user"),
+    "loader": ("batch_size", "length", "row_length", "layout", "window", "queries"),
+    "table": ("rows", "optimizer", "learning_rate"),
+    "optim": ("schedule", "learning_rate", "warmup", "b1", "b2", "weight_decay", "clip"),
+    "train": ("epochs", "log_every", "eval_every", "checkpoint_every", "select", "patience"),
+    "eval": ("during", "final", "batch_size", "ks", "protocols", "block", "chunk", "top_k"),
+    "mesh": ("data", "model"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Everything a config says, built. `state` is not here: it is data, made by init_state and passed along."""
@@ -48,15 +62,20 @@ class Run:
 
 def build(config: ml_collections.ConfigDict) -> Run:
     """Build a run; raises TypeError or ValueError for a config that does not fit, EventLogError for the data."""
+    check_config(config)
     log = EventLog.open(config.data.path)
     views = _views(config, log)
+    for split in (*config.eval.final, *([config.eval.during] if config.train.eval_every else [])):
+        if split not in views:
+            raise ValueError(f"eval: split.name = {config.split.name!r} gives {tuple(views)}, not {split!r}")
     tables = {"item": Table(log.num_items, config.model.embed_dim, rows=config.table.rows)}
     contexts = tuple(config.loader.queries)
     for name in contexts:
-        if name not in log.columns or log.columns[name].kind != "context":
+        column = log.columns.get(name)
+        if column is None or column.kind != "context" or column.cardinality is None:
             known = [k for k, column in log.columns.items() if column.kind == "context"]
             raise ValueError(f"loader.queries: {name!r} is not a context column of {config.data.path}; it has {known}")
-        tables[name] = Table(log.columns[name].cardinality - 1, config.model.embed_dim)
+        tables[name] = Table(column.cardinality - 1, config.model.embed_dim)
     objective = TASKS[config.task_name]
     task = objective.Task(objective.Config(**config.task), tables, contexts)
     loader = Loader(
@@ -72,17 +91,24 @@ def build(config: ml_collections.ConfigDict) -> Run:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    model = MODELS[config.model_name]
+    model_config = model.Config(**config.model)
+    if config.loader.length > model_config.max_length:
+        raise ValueError(
+            f"loader.length = {config.loader.length} is beyond model.max_length = {model_config.max_length}"
+        )
+    if "time_bias" in config.model and config.model.time_bias and "timestamp" not in log.columns:
+        raise ValueError(f"model.time_bias needs timestamps, {config.data.path} has none: set it to False")
     steps = max(1, round(config.train.epochs * loader.num_rows / config.loader.batch_size))
     c = config.optim
     learning_rate = optim.schedule(c.schedule, c.learning_rate, c.warmup, steps)
-    model = MODELS[config.model_name]
     return Run(
         config=config,
         log=log,
         views=views,
         mesh=make_mesh(config.mesh.data, config.mesh.model),
         model=model,
-        model_config=model.Config(**config.model),
+        model_config=model_config,
         tables=tables,
         task=task,
         loader=loader,
@@ -91,6 +117,38 @@ def build(config: ml_collections.ConfigDict) -> Run:
         table_learning_rate=optim.schedule(c.schedule, config.table.learning_rate, c.warmup, steps),
         optimizer=optim.dense(learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip=c.clip),
     )
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raise ValueError for a key that nothing reads, a key that is missing, or a choice that does not exist.
+
+    The sections model, task and split are checked by what they are passed to.
+    """
+    wrong = set(config) ^ {*SECTIONS, *TOP_LEVEL}
+    wrong |= {
+        f"{name}.{key}" for name in set(SECTIONS) & set(config) for key in set(config[name]) ^ set(SECTIONS[name])
+    }
+    if wrong:
+        raise ValueError(f"config: {sorted(wrong)} are missing or unknown; configs/hstu_planted.py has every key")
+    choices = (
+        ("model_name", config.model_name, MODELS),
+        ("task_name", config.task_name, TASKS),
+        ("loader.window", config.loader.window, WINDOWS),
+        ("table.optimizer", config.table.optimizer, optim.TABLE_RULES),
+    )
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{key} = {value!r}: expected one of {tuple(allowed)}")
+    select, data = config.train.select, config.mesh.data
+    if select and (select.split()[1:] not in (["max"], ["min"]) or not config.train.eval_every):
+        raise ValueError(f"train.select = {select!r}: expected 'METRIC max' or 'METRIC min', and train.eval_every > 0")
+    if config.train.patience and not select:
+        raise ValueError("train.patience needs train.select, the metric that it waits for")
+    for key, rows in (("loader", config.loader.batch_size), ("eval", config.eval.batch_size)):
+        if data > 0 and rows % data:
+            raise ValueError(f"{key}.batch_size = {rows}: expected a multiple of mesh.data = {data}")
+    if data > 0 and config.eval.chunk % data:
+        raise ValueError(f"eval.chunk = {config.eval.chunk}: expected a multiple of mesh.data = {data}")
 
 
 def _views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.View]:
@@ -203,8 +261,8 @@ def make_train_step(run: Run) -> Callable[..., tuple[dict[str, Any], dict[str, j
     return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(run), None))
 
 
-def costs(run: Run) -> dict[str, Any]:
-    """Parameters per group, and training FLOPs and lookup bytes of the whole run by part (real tokens, not padding)."""
+def costs(run: Run, steps: int) -> dict[str, Any]:
+    """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding)."""
     c, dim = run.config, run.model_config.embed_dim
     lengths, counts = np.unique(run.loader.lengths, return_counts=True)
     parts = {"projections": 0.0, "attention": 0.0}
@@ -213,7 +271,7 @@ def costs(run: Run) -> dict[str, Any]:
             parts[part] += value * float(count)
     candidates = run.log.num_items if c.task.loss == "full" else 1 + c.task.negatives
     parts["head"] = 2.0 * run.loader.num_targets * candidates * dim
-    epochs = run.steps * c.loader.batch_size / run.loader.num_rows
+    epochs = steps * c.loader.batch_size / run.loader.num_rows
     flops = {part: TRAIN_MULTIPLIER * epochs * value for part, value in parts.items()}
     flops["train_total"] = sum(flops.values())
     flops["lookup_bytes"] = 4.0 * dim * epochs * run.loader.real_tokens * (1 + len(run.task.contexts))
@@ -232,9 +290,9 @@ def costs(run: Run) -> dict[str, Any]:
     }
 
 
-def seen(run: Run) -> dict[str, Any]:
-    """What the whole run reads: examples and events with repeats, users and items without."""
-    epochs = run.steps * run.config.loader.batch_size / run.loader.num_rows
+def seen(run: Run, steps: int) -> dict[str, Any]:
+    """What `steps` steps read: examples and events with repeats; users and items are those of one whole epoch."""
+    epochs = steps * run.config.loader.batch_size / run.loader.num_rows
     view = run.views["train"]
     frequency = item_frequency(run.log, view)
     return {
@@ -243,7 +301,7 @@ def seen(run: Run) -> dict[str, Any]:
         "events": epochs * run.loader.real_tokens,
         "events_per_epoch": run.loader.real_tokens,
         "targets_per_epoch": run.loader.num_targets,
-        "unique_users": int(len(np.unique(view.user))),
+        "unique_users": len(np.unique(view.user)),
         "unique_items": int((frequency[1:] > 0).sum()),
         "fill": run.loader.fill,
         "dropped": dict(view.dropped),

@@ -1,7 +1,7 @@
 """Train one model: python -m recscale.train --config=configs/hstu_ml1m.py --workdir=runs/hstu_ml1m --config.seed=1
 
-An existing workdir is resumed; a finished one is left alone. The workdir holds record.json, metrics.jsonl, checkpoints/,
-best/ (where the config selects a step), per_target_SPLIT.npz and, at the end, DONE.
+An existing workdir is resumed; a finished one is left alone. The workdir holds record.json, metrics.jsonl,
+checkpoints/, best/ (where the config selects a step), per_target_SPLIT.npz and, at the end, DONE.
 """
 
 import math
@@ -13,24 +13,24 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import optax
 from absl import app, flags, logging
-from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
 from recscale import record
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLogError
-from recscale.evaluate import evaluate
-from recscale.data.loading import Loader
-from recscale.mesh import ROWS_OF_BATCH, place_batch
-from recscale.run import Run, build, costs, init_state, make_train_step, seen
+from recscale.evaluate import evaluate_split
+from recscale.mesh import place_batch
+from recscale.run import build, costs, init_state, make_train_step, seen
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:  # noqa: C901 (one linear loop)
     """Train to the end of the config's plan and return the record.
 
-    Resumes from the workdir's newest checkpoint; the result is bit for bit that of an unbroken run. A non-finite loss
-    ends the run with status "diverged". Raises ValueError where the workdir belongs to another config.
+    Resumes from the workdir's newest checkpoint; the result is bit for bit that of an unbroken run. A non-finite loss,
+    or parameters that would give one, end the run with status "diverged". Raises ValueError where the workdir belongs
+    to another config, OSError where it cannot be written.
     """
     workdir = Path(workdir)
     plain = config.to_dict()
@@ -42,23 +42,28 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     started = time.time()
     run = build(config)
     state = init_state(run)
-    book |= costs(run) | {"seen": seen(run), "steps": run.steps}
+    book |= costs(run, run.steps) | {"seen": seen(run, run.steps), "steps": run.steps}
     record.write(workdir, book)
 
     train_step = make_train_step(run)
     c = config.train
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints, Checkpoints(workdir / "best", keep=1) as best:
         start = 0
-        if checkpoints.latest() is not None:
-            state, data = checkpoints.restore(checkpoints.latest(), state)
+        if (newest := checkpoints.latest()) is not None:
+            state, data = checkpoints.restore(newest, state)
             start = data["next_index"]
             print(f"{workdir}: resumed at step {start}", file=sys.stderr)
         metrics = record.Metrics(workdir, start)
+        started -= metrics.seconds()
         batches = run.loader.iterator(start)
-        progress = Progress(run.steps, start, run.loader.real_tokens / run.loader.num_rows * config.loader.batch_size)
-        status, reason, waiting, stop = "ok", "", None, False
+        events_per_step = run.loader.real_tokens / run.loader.num_rows * config.loader.batch_size
+        progress = Progress(run.steps, start, events_per_step, started)
+        status, reason, waiting = "ok", "", None
+        stop = out_of_patience(metrics.rows, config, start)
 
         for step in range(start + 1, run.steps + 1):
+            if stop:
+                break
             state, values = train_step(state, place_batch(run.mesh, next(batches)))
             if waiting is not None:  # the metrics of the step before are read while this one runs
                 status, reason = _read(waiting, metrics, progress, c.log_every)
@@ -68,6 +73,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             if evaluating or last or (c.checkpoint_every and step % c.checkpoint_every == 0):
                 if status == "ok":
                     status, reason = _read(waiting, metrics, progress, c.log_every)
+                if status == "ok" and not parameters_finite(state):  # the loss is of the parameters before this step
+                    status, reason = "diverged", f"parameters after step {step} are not finite or beyond 1e19"
                 waiting = None
             if status != "ok":
                 break
@@ -78,11 +85,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 chosen = selected(metrics.rows, config)
                 if chosen == step:
                     best.save(step, state, {"next_index": step})
-                stop = bool(c.patience) and chosen is not None and step - chosen >= c.patience * c.eval_every
+                    best.wait()  # a run resumed at this step must find it
+                stop = out_of_patience(metrics.rows, config, step)
             if waiting is None:
                 checkpoints.save(step, state, {"next_index": step})
-            if stop:
-                break
 
         step = int(state["step"])
         if status == "ok":
@@ -93,12 +99,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 rows, per_target = evaluate_split(run, state, split, chosen or step, final=True)
                 for row in rows:
                     metrics.append(row | {"final": True})
-                np.savez(workdir / f"per_target_{split}.npz", **per_target)
+                np.savez(workdir / f"per_target_{split}.npz", allow_pickle=False, **per_target)
             book["selected_step"] = chosen or step
         book["evaluations"] = [row for row in metrics.evaluations() if "final" in row]
         book["curve"] = [row for row in metrics.evaluations() if "final" not in row]
-        book |= {"status": status, "reason": reason, "stopped_at": step}
-        book["seconds"] = {"wall": book["seconds"]["wall"] + time.time() - started}
+        book |= costs(run, step) | {"seen": seen(run, step), "status": status, "reason": reason, "stopped_at": step}
+        book["seconds"] = {"wall": time.time() - started, "device": (time.time() - started) * run.mesh.size}
+        metrics.close()
         record.write(workdir, book)
     _mark_done(workdir, book)
     return book
@@ -109,54 +116,42 @@ def _mark_done(workdir: Path, book: dict[str, Any]) -> None:
     (workdir / "DONE").write_text(book["status"] + "\n")
 
 
-def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
-    """Evaluate the state on a view of the run by config.eval; see recscale.evaluate.evaluate for what comes back."""
-    c, view = run.config.eval, run.views[split]
-    loader = Loader(
-        run.log,
-        view,
-        batch_size=c.batch_size,
-        length=run.config.loader.length,
-        row_length=run.config.loader.row_length or None,
-        layout=run.config.loader.layout,
-        queries=run.task.contexts,
-        shuffle=False,
-        with_example=True,
-    )
-    return evaluate(
-        state["model"],
-        state["tables"],
-        run.task,
-        loader,
-        run.log,
-        view,
-        step=step,
-        ks=c.ks,
-        protocols=c.protocols,
-        block=c.block,
-        chunk=c.chunk,
-        top_k=c.top_k if final else 0,
-        nats_only=not c.protocols,
-        sharding=NamedSharding(run.mesh, ROWS_OF_BATCH),
-    )
-
-
 def selected(rows: list[dict[str, Any]], config: ml_collections.ConfigDict) -> int | None:
-    """The evaluation step with the best value of train.select ("metric max" or "metric min"); None without selection."""
+    """The evaluation step with the best value of train.select ("metric max" or "metric min"); None without one."""
     if not config.train.select:
         return None
     metric, direction = config.train.select.split()
-    values = {r["step"]: r["value"] for r in rows if r.get("metric") == metric and r["slice"] == "all" and "final" not in r}
+    values = {
+        r["step"]: r["value"] for r in rows if r.get("metric") == metric and r["slice"] == "all" and "final" not in r
+    }
     if not values:
+        found = sorted({r["metric"] for r in rows if "metric" in r and "final" not in r})
+        if found:
+            raise ValueError(f"train.select = {config.train.select!r}: evaluation gives {found}")
         return None
     return (max if direction == "max" else min)(values, key=lambda s: values[s])
+
+
+def out_of_patience(rows: list[dict[str, Any]], config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether train.patience evaluations have passed since the selected one."""
+    chosen = selected(rows, config)
+    patience = config.train.patience * config.train.eval_every
+    return bool(patience) and chosen is not None and step - chosen >= patience
+
+
+_norm = jax.jit(optax.global_norm)
+
+
+def parameters_finite(state: dict[str, Any]) -> bool:
+    """Whether the square of every parameter, tables included, is finite in float32."""
+    return math.isfinite(_norm((state["model"], state["tables"])))
 
 
 def _open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     fresh = record.new(config)
     if not (workdir / "record.json").exists():
-        return fresh | {"seconds": {"wall": 0.0}}
+        return fresh
     book = record.read(workdir)
     if book["config_hash"] != fresh["config_hash"]:
         raise ValueError(
@@ -169,10 +164,11 @@ def _open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
 def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, progress: "Progress", log_every: int):
     step, values = waiting
     loss = float(values["loss"])
-    if step % log_every == 0 or not math.isfinite(loss):
-        metrics.append({"step": step, "loss": loss, "seconds": round(progress.elapsed(), 3)})
+    finite = math.isfinite(loss)
+    if (log_every and step % log_every == 0) or not finite:  # JSON has no NaN
+        metrics.append({"step": step, "loss": loss if finite else None, "seconds": round(progress.elapsed(), 3)})
     progress.show(step, loss)
-    if math.isfinite(loss):
+    if finite:
         return "ok", ""
     return "diverged", f"loss {loss} at step {step}"
 
@@ -180,9 +176,9 @@ def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, pr
 class Progress:
     """One line about the run on stderr: rewritten on a terminal, every ten seconds in a pipe."""
 
-    def __init__(self, steps: int, start: int, events_per_step: float):
+    def __init__(self, steps: int, start: int, events_per_step: float, began: float):
         self.steps, self.start, self.events_per_step = steps, start, events_per_step
-        self.began = self.shown = time.time()
+        self.began, self.shown = began, time.time()
         self.first: float | None = None
 
     def elapsed(self) -> float:
@@ -197,7 +193,9 @@ class Progress:
         self.shown = now
         rate = (step - self.start) / max(now - self.first, 1e-9)
         left = (self.steps - step) / rate if rate else float("nan")
-        line = f"step {step}/{self.steps}  {rate * self.events_per_step:,.0f} events/s  loss {loss:.4f}  ETA {left:.0f}s"
+        line = (
+            f"step {step}/{self.steps}  {rate * self.events_per_step:,.0f} events/s  loss {loss:.4f}  ETA {left:.0f}s"
+        )
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
@@ -205,17 +203,29 @@ def main(_: list[str]) -> None:
     """Command line of the module docstring; one line and a non-zero exit status on a bad config, log or workdir."""
     logging.set_verbosity(logging.WARNING)
     try:
-        book = train(_CONFIG.value, _WORKDIR.value)
-    except (EventLogError, ValueError, TypeError, FileNotFoundError) as error:
+        book = train(_CONFIG.value, Path(str(_WORKDIR.value)))
+    except (EventLogError, ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {error}")
     for row in book["evaluations"]:
-        print(f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}")
+        print(
+            f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}"
+        )
     if book["status"] != "ok":
         sys.exit(f"{book['status']}: {book['reason']}")
 
 
+def parse_flags(arguments: list[str]) -> list[str]:
+    """absl's flag parser, with one line and a non-zero exit status for a wrong key or a config that cannot be made."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: --config: {' '.join(str(error.args[-1] if error.args else error).split())}")
+
+
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/hstu_ml1m.py", lock_config=True)
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Config file, e.g. configs/hstu_ml1m.py", lock_config=True
+    )
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; an existing one is resumed")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

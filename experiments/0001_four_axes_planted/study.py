@@ -1,7 +1,7 @@
 """Four scaling axes on planted data, where the floor is known. Question, prediction and verdict: README.md beside.
 
-    python -m launch.local experiments/0001_four_axes_planted
-    python -m recscale.train --config=experiments/0001_four_axes_planted/study.py:users-1000-s0 --workdir=DIR
+python -m launch.local experiments/0001_four_axes_planted
+python -m recscale.train --config=experiments/0001_four_axes_planted/study.py:users-1000-s0 --workdir=DIR
 """
 
 import json
@@ -110,15 +110,16 @@ def _swept(*sub_axes: str):
 def report_axes(known: dict[str, float]) -> list[AxisSpec]:
     """What the report fits, in the order shown."""
     floor = known[f"history={HISTORY}"]
-    return [
-        AxisSpec("dim", "parameters.tables", "table: width of the item vectors", "table parameters", _swept("dim"), floor=floor),
-        AxisSpec("rows", "table.rows", "table: rows, items share them by hashing", "rows", _swept("rows"), floor=floor),
-        AxisSpec("users", "seen.events", "data: users, one pass", "training events", _swept("users"), floor=floor),
-        AxisSpec("history", "cell.coordinates.history", "context: length of history", "events", _swept("history"),
-                 floor=known["history=all"]),  # fmt: skip
-        AxisSpec("width", "parameters.dense", "encoder: width", "encoder parameters", _swept("width"), floor=floor),
-        AxisSpec("depth", "cell.coordinates.depth", "encoder: depth", "layers", _swept("depth"), floor=floor),
+    everything = known["history=all"]
+    shown = [  # sub-axis, x in the record, title, unit of x, floor
+        ("dim", "parameters.tables", "table: width of the item vectors", "table parameters", floor),
+        ("rows", "table.rows", "table: rows, items share them by hashing", "rows", floor),
+        ("users", "seen.events", "data: users, one pass", "training events", floor),
+        ("history", "cell.coordinates.history", "context: length of history", "events", everything),
+        ("width", "parameters.dense", "encoder: width", "encoder parameters", floor),
+        ("depth", "cell.coordinates.depth", "encoder: depth", "layers", floor),
     ]
+    return [AxisSpec(name, x, title, unit, _swept(name), floor=limit) for name, x, title, unit, limit in shown]
 
 
 def write_report(folder: Path) -> Path:
@@ -129,6 +130,6 @@ def write_report(folder: Path) -> Path:
         collect(folder),
         report_axes(known),
         title="Four axes on planted data",
-        question="The floor of this data is known. Which axis should be scaled next, and does a fitted law find the floor?",
+        question="The floor of this data is known. Which axis should be scaled next, and does a fit find the floor?",
         floors=known,
     )

@@ -1,8 +1,8 @@
 """Causal self-attention over packed rows: pointwise-SiLU (HSTU) and softmax, in plain JAX.
 
-`attention_reference` is the einsum that says what is meant. `attention` computes the same in causal blocks: queries of a
-block see only the keys up to its end, so the upper triangle is never computed, and long rows are scanned in sub-blocks
-that are recomputed in the backward pass, so memory grows linearly with the row.
+`attention_reference` is the einsum that says what is meant. `attention` computes the same in causal blocks: queries of
+a block see only the keys up to its end, so the upper triangle is never computed, and long rows are scanned in
+sub-blocks that are recomputed in the backward pass, so memory grows linearly with the row.
 
 Shapes: B rows, L positions, H heads, D width of a head. Positions of different users in a row never see each other
 (`segment_ids`; 0 is padding and sees nothing).
@@ -24,7 +24,7 @@ class Bias(NamedTuple):
     """Relative attention bias of HSTU (arXiv 2402.17152), shared by the heads; either part may be None.
 
     position: [2n - 1], entry (j - i) + (n - 1) for query slot i and key slot j. time: [129], entry
-    time_bucket(query_time_BL[i] - time_BL[j]); times are int32 seconds.
+    time_bucket(query_time_BL[i] - time_BL[j]); times are int32 seconds, and a time bias needs both.
     """
 
     position: jax.Array | None = None
@@ -67,6 +67,8 @@ def _block(start, q_BLHD, k_BMHD, v_BMHD, segment_q_BL, segment_k_BM, bias: Bias
         distance_LM = jnp.maximum(j_1M - i_L1, 1 - n)  # beyond n slots only other users are found, and those are masked
         scores += bias.position[jnp.minimum(distance_LM, 0) + (n - 1)][None, None]
     if bias.time is not None:
+        if bias.query_time_BL is None or bias.time_BL is None:
+            raise ValueError("Bias.time is given, Bias.query_time_BL or Bias.time_BL is not: a time bias needs both")
         seconds_BLM = bias.query_time_BL[:, :, None] - bias.time_BL[:, None, :]
         scores += bias.time[time_bucket(seconds_BLM)][:, None]
     weights = WEIGHTS[kind](scores, mask_BLM[:, None], n)
@@ -101,12 +103,13 @@ def attention(
     for start in range(0, length, block):
         stop = min(length, start + block)
         keys = (k_BLHD[:, :stop], v_BLHD[:, :stop], segment_ids_BL[:, :stop])
-        key_times = None if bias.time is None else bias.time_BL[:, :stop]
+        key_times = None if bias.time_BL is None else bias.time_BL[:, :stop]
         queries = (q_BLHD[:, start:stop], segment_ids_BL[:, start:stop])
-        if bias.time is not None:
+        if bias.query_time_BL is not None:
             queries += (bias.query_time_BL[:, start:stop],)
+        tables = (bias.position, bias.time)
         attend = functools.partial(
-            _attend_queries, keys=keys, key_times=key_times, tables=(bias.position, bias.time), kind=kind, n=n, scale=scale
+            _attend_queries, keys=keys, key_times=key_times, tables=tables, kind=kind, n=n, scale=scale
         )
         outputs.append(_in_sub_blocks(attend, start, queries))
     return jnp.concatenate(outputs, axis=1)

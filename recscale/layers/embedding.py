@@ -17,7 +17,7 @@ _GOLDEN_RATIO = 2654435769  # 2^32 / phi: Knuth's multiplicative hashing
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """An embedding table for ids 1..num_ids. rows: 0 gives every id its own row; fewer rows than ids are shared by hashing."""
+    """An embedding table for ids 1..num_ids. rows: 0 gives each id a row; fewer rows than ids are shared by hashing."""
 
     num_ids: int
     dim: int
@@ -58,7 +58,7 @@ def lookup(table_VD: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def scatter_rows(like_VD: jax.Array, slots: jax.Array, rows_grad: jax.Array) -> jax.Array:
-    """The dense gradient [V, D] of a lookup; costs as much as the table: for small tables and exact dense optimizers."""
+    """The dense gradient [V, D] of a lookup; costs as much as the table: for small tables and dense optimizers."""
     D = like_VD.shape[1]
     return jnp.zeros_like(like_VD).at[slots.reshape(-1)].add(rows_grad.reshape(-1, D)).at[0].set(0.0)
 
@@ -66,8 +66,8 @@ def scatter_rows(like_VD: jax.Array, slots: jax.Array, rows_grad: jax.Array) -> 
 def merge_rows(slots_N: jax.Array, rows_grad_ND: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
     """Sum the gradients of equal slots.
 
-    Returns slots [N], sorted and distinct, with spare places filled by num_slots + place (out of range, so that a scatter
-    with mode="drop" skips them), and the summed gradients [N, D]. Padding (slot 0) is dropped.
+    Returns slots [N], distinct, with spare places filled by num_slots + place (out of range, so that a scatter with
+    mode="drop" skips them), and the summed gradients [N, D]. Padding (slot 0) becomes a spare place too.
     """
     N = slots_N.shape[0]
     order = jnp.argsort(slots_N)

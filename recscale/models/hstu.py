@@ -117,9 +117,9 @@ class Model(nnx.Module):
         key: dropout; None evaluates. Padding positions hold unspecified values.
         """
         c = self.config
-        keys = [None] * (c.depth + 1) if key is None else list(jax.random.split(key, c.depth + 1))
+        keys = None if key is None else jax.random.split(key, c.depth + 1)
         x = x_BLD * c.embed_dim**0.5 + self.positions[...].at[batch["positions"]].get(mode="clip")
-        x = dropout(x, c.dropout, keys[-1]) * (batch["segment_ids"] > 0)[:, :, None]
+        x = dropout(x, c.dropout, None if keys is None else keys[-1]) * (batch["segment_ids"] > 0)[:, :, None]
         x = x.astype(c.dtype)
         if self.up is not None:
             x = x @ self.up[...].astype(x.dtype)
@@ -128,7 +128,7 @@ class Model(nnx.Module):
             layer, layer_key = layer_and_key
             return layer(c, x, batch, layer_key), None
 
-        layer_keys = None if key is None else jnp.stack(keys[:-1])
+        layer_keys = None if keys is None else keys[:-1]
         x, _ = jax.lax.scan(step, x, (self.layers, layer_keys), unroll=2)  # a quarter faster on CPU than unroll=1
         if self.down is not None:
             x = x @ self.down[...].astype(x.dtype)

@@ -1,6 +1,7 @@
 """SASRec: a causal Transformer over the history (arXiv 1808.09781), with true pre-norm blocks so that depth trains.
 
-Departs from the paper: pre-norm (x + f(LN(x))) instead of its post-norm-like block, which collapses beyond a few layers.
+Departs from the paper: pre-norm (x + f(LN(x))) instead of its post-norm-like block, which collapses beyond a few
+layers.
 """
 
 import dataclasses

@@ -27,8 +27,8 @@ class Config:
 
     loss: "full", "sampled", "bce" or "gbce". negatives: N draws, for every token, row or batch (`shared`). sampler:
     "uniform" over the catalogue, "in_batch" (the batch's own targets) or "mixed" (half and half). logq: "none",
-    "standard" (log Q subtracted from every score) or "corrected" (arXiv 2507.09331). similarity and temperature: score =
-    <query, item> / temperature, "cosine" normalises both. gbce_t: calibration t of gBCE.
+    "standard" (log Q subtracted from every score) or "corrected" (arXiv 2507.09331). similarity and temperature: score
+    = <query, item> / temperature, "cosine" normalises both. gbce_t: calibration t of gBCE.
     """
 
     loss: str
@@ -198,7 +198,7 @@ class Task:
         return corrected_softmax(positive, negative, log_q, valid)
 
     def _proposal(self, frequency, ids):
-        """Probability that one draw is this item under the sampler's mixture: in-batch draws follow the training counts."""
+        """Probability that a draw is this item by the sampler's mixture: in-batch draws follow the training counts."""
         share = SAMPLERS[self.config.sampler]
         if share == 1.0:
             return jnp.full(ids.shape, 1.0 / self.num_items)

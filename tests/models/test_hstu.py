@@ -41,17 +41,17 @@ def fill(shape: tuple[int, ...], phase: float) -> np.ndarray:
 
 def golden_model(config: hstu.Config = CONFIG) -> tuple[hstu.Model, np.ndarray]:
     """The model and item table whose parameters are 0.4 sin(0.7 (k + 1) + phase)."""
-    model = hstu.Model(config, jax.random.key(0))
+    model = jax.eval_shape(lambda: hstu.Model(config, jax.random.key(0)))  # every parameter is set below
 
     def stacked(shape, offset):
-        return jnp.asarray(np.stack([fill(shape, 1 + offset + 5 * layer) for layer in range(2)]), jnp.float32)
+        return np.stack([fill(shape, 1 + offset + 5 * layer) for layer in range(2)]).astype(np.float32)
 
     model.layers.out_bias = nnx.Param(stacked((6,), 0))
     model.layers.out = nnx.Param(stacked((6, 8), 1).transpose(0, 2, 1))
     model.layers.position_bias = nnx.Param(stacked((13,), 2))
     model.layers.time_bias = nnx.Param(stacked((129,), 3))
     model.layers.uvqk = nnx.Param(stacked((6, 28), 4))
-    model.positions = nnx.Param(jnp.asarray(fill((7, 6), 11), jnp.float32))
+    model.positions = nnx.Param(fill((7, 6), 11).astype(np.float32))
     table = fill((10, 6), 0)
     table[0] = 0.0
     return model, table.astype(np.float32)
@@ -73,9 +73,17 @@ def golden_batch(packed: bool) -> dict[str, jax.Array]:
     return {name: jnp.asarray(values, jnp.int32) for name, values in zip(names, merged, strict=True)}
 
 
-def outputs(model, table, packed=False, batch=None) -> np.ndarray:
+def forward(model, x, batch):
+    return model(x, batch)
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # these tests compile much and compute little
+FORWARD = jax.jit(forward, compiler_options=QUICK)
+
+
+def outputs(model, table, packed=False, batch=None, run=FORWARD) -> np.ndarray:
     batch = batch or golden_batch(packed)
-    hidden = np.asarray(model(table[batch["item_id"]], batch))
+    hidden = np.asarray(run(model, table[np.asarray(batch["item_id"])], batch))
     return hidden[np.asarray(batch["segment_ids"]) > 0]
 
 
@@ -99,13 +107,16 @@ def test_loss_equals_the_released_code():
     negatives[0, :4] = [(7, 1, 8), (1, 2, 3), (9, 9, 4), (2, 6, 6)]
     negatives[1, :2] = [(4, 5, 1), (8, 3, 7)]
     task.negatives = lambda batch, key: jnp.asarray(negatives)
-    key = jax.random.key(0)
-    rows = {name: jnp.asarray(table)[slots] for name, (_, slots) in task.ids(batch, key).items()}
-    query = task._query(model, rows, batch, None)
-    per_token = np.asarray(task._sampled(query, rows, batch, key))[np.asarray(batch["target"]) > 0]
+
+    def losses(model, table, batch):
+        key = jax.random.key(0)
+        rows = {name: table[slots] for name, (_, slots) in task.ids(batch, key).items()}
+        query = task._query(model, rows, batch, None)
+        return task._sampled(query, rows, batch, key), task.loss(model, rows, batch, key)
+
+    per_token, (loss, metrics) = jax.jit(losses, compiler_options=QUICK)(model, table, batch)
     expected = [0.286616131, 0.0, 28.950268803, 33.220018494, 0.786081147, 17.732234683]
-    np.testing.assert_allclose(per_token, expected, atol=2e-5)
-    loss, metrics = task.loss(model, rows, batch, key)
+    np.testing.assert_allclose(np.asarray(per_token)[np.asarray(batch["target"]) > 0], expected, atol=2e-5)
     assert float(loss) == pytest.approx(13.495869876214, abs=2e-5)
     assert float(metrics["targets"]) == 6
 
@@ -139,7 +150,7 @@ def variant_outputs(name, monkeypatch) -> np.ndarray:
         cuts = {"UQKV": (8, 14, 20), "UVKQ": (8, 16, 22)}[order]
         a, b, c, d = np.split(np.asarray(model.layers.uvqk[...]), cuts, axis=-1)
         new = {"UQKV": (a, d, b, c), "UVKQ": (a, b, d, c)}[order]
-        model.layers.uvqk = nnx.Param(jnp.asarray(np.concatenate(new, axis=-1)))
+        model.layers.uvqk = nnx.Param(np.concatenate(new, axis=-1))
 
     def buckets(base):
         return lambda d: jnp.clip(
@@ -156,15 +167,11 @@ def variant_outputs(name, monkeypatch) -> np.ndarray:
         return norm(x.reshape(*x.shape[:-1], 2, 4), eps).reshape(x.shape)
 
     changes = {
-        "n = L": lambda: monkeypatch.setattr(
-            hstu, "attention", lambda *a, **k: attention(*a, **k) * (k["n"] / 5)
-        ),
+        "n = L": lambda: monkeypatch.setattr(hstu, "attention", lambda *a, **k: attention(*a, **k) * (k["n"] / 5)),
         "n = true length": lambda: monkeypatch.setattr(hstu, "attention", per_row_n),
-        "1/sqrt(d)": lambda: monkeypatch.setattr(
-            hstu, "attention", lambda *a, **k: attention(*a, **k, scale=3**-0.5)
-        ),
-        "no position bias": lambda: setattr(model.layers, "position_bias", nnx.Param(jnp.zeros((2, 13)))),
-        "no time bias": lambda: setattr(model.layers, "time_bias", nnx.Param(jnp.zeros((2, 129)))),
+        "1/sqrt(d)": lambda: monkeypatch.setattr(hstu, "attention", lambda *a, **k: attention(*a, **k, scale=3**-0.5)),
+        "no position bias": lambda: setattr(model.layers, "position_bias", nnx.Param(np.zeros((2, 13), np.float32))),
+        "no time bias": lambda: setattr(model.layers, "time_bias", nnx.Param(np.zeros((2, 129), np.float32))),
         "flipped position index": lambda: setattr(
             model.layers, "position_bias", nnx.Param(model.layers.position_bias[...][:, ::-1])
         ),
@@ -181,7 +188,7 @@ def variant_outputs(name, monkeypatch) -> np.ndarray:
     changes[name]()
     if name == "no sqrt(D)":
         table = table / np.sqrt(6.0)
-    return outputs(model, table, batch=batch)
+    return outputs(model, table, batch=batch, run=jax.jit(lambda *a: forward(*a), compiler_options=QUICK))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -192,12 +199,13 @@ def test_every_published_slip_is_caught(name, monkeypatch):
 
 def test_time_buckets():
     golden = {0: 0, 1: 0, 2: 2, 5: 5, 60: 13, 600: 21, 3600: 27, 86400: 37, 604800: 44, 2592000: 49, 31536000: 57}
-    got = kernel.time_bucket(jnp.asarray(list(golden), jnp.int32))
+    bucket = jax.jit(kernel.time_bucket)
+    got = bucket(np.array(list(golden), np.int32))
     np.testing.assert_array_equal(got, list(golden.values()))
     firsts = [2, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 38, 51, 68, 92, 124, 167, 226, 305]
-    buckets = np.asarray(kernel.time_bucket(jnp.arange(400)))
+    buckets = np.asarray(bucket(np.arange(400)))
     assert [int(np.argmax(buckets >= k)) for k in range(1, 20)] == firsts
-    assert int(kernel.time_bucket(jnp.asarray(-600))) == 21
+    np.testing.assert_array_equal(bucket(-np.arange(400)), buckets)
 
 
 @pytest.mark.parametrize(
@@ -226,13 +234,17 @@ def test_published_flops():
 
 def test_initial_positions_follow_the_effective_draw():
     c = dataclasses.replace(CONFIG, embed_dim=50, width=50, max_length=200, output_length=10)
-    model = hstu.Model(c, jax.random.key(3))
-    assert float(model.positions[...].std()) == pytest.approx(np.sqrt(2 / (211 + 50)), rel=0.02)
+    positions = jax.jit(lambda: hstu.Model(c, jax.random.key(3)).positions[...])()
+    assert float(np.std(positions)) == pytest.approx(np.sqrt(2 / (211 + 50)), rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"depth": 0}, "model.depth = 0"), ({"dropout": 1.0}, "model.dropout"), ({"query_time": "now"}, "model.query_time")],
+    [
+        ({"depth": 0}, "model.depth = 0"),
+        ({"dropout": 1.0}, "model.dropout"),
+        ({"query_time": "now"}, "model.query_time"),
+    ],
 )
 def test_config_checks_itself(change, message):
     with pytest.raises(ValueError, match=message):

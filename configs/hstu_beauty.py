@@ -1,0 +1,90 @@
+"""HSTU with position bias only on Amazon Beauty (5-core, 2014), leave-one-out.
+
+Paper     arXiv 2402.17152; published R@10 .0788 to .0809 (RecSys'25 comparison)
+Data      python -m recscale.data.prepare --dataset=beauty --source=DIR --out=logs/beauty
+Command   python -m recscale.train --config=configs/hstu_beauty.py --workdir=runs/hstu_beauty
+Hardware  1 CPU core
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The baseline; every value here is in the record of a run."""
+    c = ConfigDict()
+    c.seed = 0
+    c.study = ""
+    c.cell = ConfigDict({"name": "hstu_beauty", "axes": (), "coordinates": ConfigDict()})
+
+    c.data = ConfigDict({"path": "logs/beauty", "users": 0, "events_per_user": 0})
+    c.split = ConfigDict({"name": "leave_one_out", "validation": True})
+    c.loader = ConfigDict(
+        {"batch_size": 64, "length": 50, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
+    )
+
+    c.model_name = "hstu"
+    c.model = ConfigDict(
+        {
+            "embed_dim": 64,
+            "width": 64,
+            "depth": 2,
+            "heads": 1,
+            "qk_dim": 64,
+            "v_dim": 64,
+            "max_length": 50,
+            "output_length": 10,
+            "dropout": 0.2,
+            "time_bias": False,
+            "query_time": "last_event",
+            "dtype": "float32",
+        }
+    )
+    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 1e-3})
+    c.task_name = "next_item"
+    c.task = ConfigDict(
+        {
+            "loss": "sampled",
+            "negatives": 256,
+            "sampler": "uniform",
+            "shared": "row",
+            "logq": "none",
+            "similarity": "cosine",
+            "temperature": 0.05,
+            "gbce_t": 0.0,
+        }
+    )
+    c.optim = ConfigDict(
+        {
+            "schedule": "cosine",
+            "learning_rate": 1e-3,
+            "warmup": 0,
+            "b1": 0.9,
+            "b2": 0.98,
+            "weight_decay": 0.0,
+            "clip": 0.0,
+        }
+    )
+    c.train = ConfigDict(
+        {
+            "epochs": 60.0,
+            "log_every": 50,
+            "eval_every": 250,
+            "checkpoint_every": 1000,
+            "select": "ndcg@10/unseen max",
+            "patience": 10,
+        }
+    )
+    c.eval = ConfigDict(
+        {
+            "during": "val",
+            "final": ("val", "test"),
+            "batch_size": 64,
+            "ks": (1, 5, 10, 50, 200),
+            "protocols": ("full", "unseen"),
+            "block": 16384,
+            "chunk": 512,
+            "top_k": 50,
+        }
+    )
+    c.mesh = ConfigDict({"data": 1, "model": 1})
+    return c.lock()
