@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.cell = ConfigDict({"name": "gsasrec_ml1m", "axes": (), "coordinates": ConfigDict()})
 
     c.data = ConfigDict({"path": "logs/ml-1m-sasrec", "users": 0, "events_per_user": 0})
-    c.split = ConfigDict({"name": "leave_one_out", "validation": True})
+    c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
         {"batch_size": 32, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
     )
@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 60.0,
+            "epochs": 50.0,
             "log_every": 50,
             "eval_every": 412,
             "checkpoint_every": 412,

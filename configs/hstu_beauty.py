@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.cell = ConfigDict({"name": "hstu_beauty", "axes": (), "coordinates": ConfigDict()})
 
     c.data = ConfigDict({"path": "logs/beauty", "users": 0, "events_per_user": 0})
-    c.split = ConfigDict({"name": "leave_one_out", "validation": True})
+    c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 4096})
     c.loader = ConfigDict(
         {"batch_size": 64, "length": 50, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
     )
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             "v_dim": 64,
             "max_length": 50,
             "output_length": 10,
-            "dropout": 0.2,
+            "dropout": 0.5,
             "time_bias": False,
             "query_time": "last_event",
             "dtype": "float32",
@@ -66,12 +66,12 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 60.0,
+            "epochs": 90.0,
             "log_every": 50,
-            "eval_every": 250,
-            "checkpoint_every": 1000,
+            "eval_every": 225,
+            "checkpoint_every": 225,
             "select": "ndcg@10/unseen max",
-            "patience": 10,
+            "patience": 0,
         }
     )
     c.eval = ConfigDict(

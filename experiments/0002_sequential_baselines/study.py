@@ -2,8 +2,7 @@
 
     python -m launch.local experiments/0002_sequential_baselines --jobs=2      (logs prepared in logs/, see README.md)
 
-A cell NAME selects its step on a validation item. NAME-refit trains on everything but the test item for the epochs that
-NAME selected, and is evaluated once.
+A cell selects its step on the validation item of some users (the other users train on theirs), never on test.
 """
 
 import csv
@@ -35,28 +34,20 @@ PUBLISHED = {
     "hstu_beauty": Published(0.0788, 0.0439, "controlled comparison, RecSys 2025"),
     "gsasrec_ml1m": Published(0.3003, 0.1726, "authors of gSASRec (arXiv 2308.07192)"),
 }
-# Epochs that the validation item selected; the refits train this long on everything but the test item.
-SELECTED_EPOCHS: dict[str, float] = {}
 TOLERANCE = 0.05  # relative shortfall that still counts as reached
 
 
 def cells() -> list[str]:
-    """Every baseline, then the refits of those whose epochs are known."""
-    return [*PUBLISHED, *(f"{name}-refit" for name in SELECTED_EPOCHS)]
+    """One cell per published row."""
+    return list(PUBLISHED)
 
 
 def get_config(cell: str) -> ConfigDict:
-    """The shipped config of a baseline, or its refit."""
-    name = cell.removesuffix("-refit")
-    if name not in PUBLISHED:
-        raise ValueError(f"study {NAME} has no cell {cell!r}; it has {', '.join(cells())}")
-    config = importlib.import_module(f"configs.{name}").get_config().unlock()
+    """The shipped config of a baseline."""
+    if cell not in PUBLISHED:
+        raise ValueError(f"study {NAME} has no cell {cell!r}; it has {', '.join(PUBLISHED)}")
+    config = importlib.import_module(f"configs.{cell}").get_config().unlock()
     config.study, config.cell.name = NAME, cell
-    if cell != name:
-        config.split.validation = False
-        config.train.epochs = SELECTED_EPOCHS[name]
-        config.train.eval_every, config.train.select, config.train.patience = 0, "", 0
-        config.eval.final = ("test",)
     return config.lock()
 
 
@@ -78,7 +69,7 @@ def write_report(folder: Path) -> Path:
     for cell in cells():
         if cell not in records:
             continue
-        published = PUBLISHED[cell.removesuffix("-refit")]
+        published = PUBLISHED[cell]
         for metric, value in (("hr@10", published.hr), ("ndcg@10", published.ndcg)):
             key = f"eval.test.all.{metric}/unseen"
             ours, stderr = records[cell][key], records[cell][f"{key}.stderr"]

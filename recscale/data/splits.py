@@ -35,16 +35,26 @@ class View:
         return len(self.user)
 
 
-def leave_one_out(log: EventLog, validation: bool = True) -> dict[str, View]:
+def leave_one_out(
+    log: EventLog, validation: bool = True, validation_users: int = 0, seed: int = 0
+) -> dict[str, View]:
     """The last event of every user is the test target, the one before it the validation target, the rest is training.
 
-    Without `validation` there is no "val" and training keeps the second last event. A user needs one event of history
-    to be in a view: 2 events for test, 3 for val, 4 for train (3 without validation).
+    Without `validation` there is no "val" and training keeps the second last event. validation_users: only this many
+    users, drawn by `seed`, give their second last event to validation (0: all); training keeps that of the others. A
+    user needs one event of history to be in a view: 2 events for test, 3 for val, 4 for train (3 if not validating).
     """
     begin, end = _ends(log)
-    views = {"train": _view("train", begin, begin + 1, end - (2 if validation else 1))}
+    validating = np.full(log.num_users, validation)
+    if validation and validation_users:
+        if not 0 < validation_users <= log.num_users:
+            raise EventLogError(f"leave_one_out: validation_users={validation_users}, the log has {log.num_users} users.")
+        validating[np.random.default_rng(seed).permutation(log.num_users)[validation_users:]] = False
+    views = {"train": _view("train", begin, begin + 1, end - 1 - validating)}
     if validation:
-        views["val"] = _view("val", begin, end - 2, end - 1)
+        val = _view("val", begin, end - 2, end - 1)
+        chosen = validating[val.user]
+        views["val"] = _select(val, chosen, "users that do not validate", int((~chosen).sum()))
     views["test"] = _view("test", begin, end - 1, end)
     return _checked(log, views)
 

@@ -14,7 +14,7 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / max(|x|, eps) over the last axis, in float32. A zero vector stays zero and has a zero gradient."""
+    """x / max(|x|, eps) over the last axis, in float32. A zero vector stays zero; there the gradient is 1 / eps."""
     x32 = x.astype(jnp.float32)
     square = jnp.square(x32).sum(axis=-1, keepdims=True)
     return x32 * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
@@ -30,7 +30,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with affine parameters (scale 1, bias 0 at the start) over the last axis of width `dim`."""
+    """LayerNorm with affine parameters (scale 1, bias 0 at the start) over the last axis of width `dim`; keeps the type."""
 
     def __init__(self, dim: int, eps: float):
         self.eps = eps
@@ -39,7 +39,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (1,) * (x.ndim - 1) + (-1,)
-        return layer_norm(x, self.eps) * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)
+        y = layer_norm(x.astype(jnp.float32), self.eps)
+        return (y * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)).astype(x.dtype)
 
 
 class Linear(nnx.Module):

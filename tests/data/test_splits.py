@@ -228,3 +228,34 @@ def test_masks_expand_from_examples_to_targets():
 def test_every_split_is_in_the_table():
     assert set(splits.SPLITS) == {"leave_one_out", "by_user", "global_time", "next_window"}
     assert splits.SPLITS["leave_one_out"] is splits.leave_one_out
+
+
+def test_leave_one_out_with_few_validation_users():
+    log = make_log([2, 3, 4, 5, 6, 7, 8, 9])
+    views = splits.leave_one_out(log, validation_users=3, seed=1)
+    val = set(views["val"].user.tolist())
+    assert len(val) <= 3 and len(val) == len(views["val"])
+    stop = dict(zip(views["train"].user.tolist(), views["train"].stop.tolist(), strict=True))
+    for user in stop:
+        validates = user in val
+        assert stop[user] == log.offsets[user + 1] - (2 if validates else 1)
+    assert val == set(splits.leave_one_out(log, validation_users=3, seed=1)["val"].user.tolist())
+    with pytest.raises(EventLogError, match="validation_users=99"):
+        splits.leave_one_out(log, validation_users=99)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 10])
+def test_windows_train_on_every_target_once(length):
+    view = splits.leave_one_out(make_log([4, 5, 9, 17, 30]))["train"]
+    cut = splits.in_windows(view, length)
+    np.testing.assert_array_equal(np.sort(splits.target_rows(cut)), np.sort(splits.target_rows(view)))
+    assert (cut.stop - 1 - cut.start).max() <= length
+    with pytest.raises(EventLogError, match="length=0"):
+        splits.in_windows(view, 0)
+
+
+def test_held_out_users_with_few_targets():
+    log = make_log([5, 6, 7, 8, 9])
+    views = splits.by_user(log, 1, 4, eval_targets=2)
+    assert set((views["test"].stop - views["test"].target_start).tolist()) == {2}
+    assert (views["train"].target_start == views["train"].start + 1).all()
