@@ -28,6 +28,7 @@ from recscale import metrics
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLog, EventLogError
 from recscale.data.loading import Loader
+from recscale.data.slices import SLICES
 from recscale.data.splits import View, runs
 from recscale.layers.ranking import pack_seen, rank_catalogue
 from recscale.mesh import ROWS_OF_BATCH
@@ -227,7 +228,7 @@ def _rows(per_target, lists, masks, num_items, ks, where) -> list[dict[str, Any]
 def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
     """Evaluate a train state on a split of its run, as config.eval says; returns (rows, per_target) of `evaluate`.
 
-    final: with the top lists behind coverage; raises ValueError for a split the run does not have.
+    final: with the top lists behind coverage and by slice (new users, new items, length of history); raises ValueError for a split the run does not have.
     """
     if split not in run.views:
         raise ValueError(f"split {split!r}: this run has {tuple(run.views)}; see split and eval in the config")
@@ -256,9 +257,16 @@ def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final
         block=c.block,
         chunk=c.chunk,
         top_k=c.top_k if final else 0,
+        slices=_slices(run, view) if final else None,
         nats_only=not c.protocols,
         sharding=NamedSharding(run.mesh, ROWS_OF_BATCH),
     )
+
+
+def _slices(run: Run, view: View) -> dict[str, np.ndarray]:
+    """The slices that divide the view: a mask that holds everywhere or nowhere says nothing."""
+    named = [masks for cut in SLICES.values() for masks in cut(run.log, view, run.views["train"]).items()]
+    return {name: mask for name, mask in named if mask.any() and not mask.all()}
 
 
 def main(_: list[str]) -> None:

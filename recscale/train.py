@@ -139,7 +139,7 @@ def out_of_patience(rows: list[dict[str, Any]], config: ml_collections.ConfigDic
     return bool(patience) and chosen is not None and step - chosen >= patience
 
 
-_norm = jax.jit(optax.global_norm)
+_norm = jax.jit(optax.tree.norm)
 
 
 def parameters_finite(state: dict[str, Any]) -> bool:

@@ -79,7 +79,9 @@ def write_report(folder: Path) -> Path:
                           "selected_step": records[cell]["selected_step"], "steps": records[cell]["steps"],
                           "device": records[cell]["devices.kind"], "wall_seconds": records[cell]["seconds.wall"],
                           "revision": records[cell]["code.revision"]})  # fmt: skip
-            lines.append(f"| {cell} | {metric} | {value:.4f} | {ours:.4f} | {stderr:.4f} | {ours / value:.3f} | {verdict} |")
+            lines.append(
+                f"| {cell} | {metric} | {value:.4f} | {ours:.4f} | {stderr:.4f} | {ours / value:.3f} | {verdict} |"
+            )
     if table:
         with (HERE / "results.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(table[0]), lineterminator="\n")

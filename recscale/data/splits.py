@@ -4,7 +4,6 @@ Every split keeps the order of the log, counts what it leaves out in `View.dropp
 """
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -331,7 +330,7 @@ def _first_at(log: EventLog, time: int) -> np.ndarray:
 
 def _seen_items_only(log: EventLog, view: View, begin: np.ndarray, train_end: np.ndarray) -> View:
     """Split each example into its runs of targets whose item has a training event."""
-    seen = _items_of(log, begin, train_end)
+    seen = items_of(log, begin, train_end)
     rows, example = target_rows(view), target_example(view)
     keep = seen[log.events["item_id"][rows]]
     joined = keep[1:] & keep[:-1] & (example[1:] == example[:-1])
@@ -341,7 +340,7 @@ def _seen_items_only(log: EventLog, view: View, begin: np.ndarray, train_end: np
     return dataclasses.replace(runs, target_start=rows[opens], stop=rows[closes] + 1)
 
 
-def _items_of(log: EventLog, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+def items_of(log: EventLog, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """bool [V + 1]: items with an event in one of the runs start:stop."""
     seen = np.zeros(log.num_items + 1, bool)
     for first in range(0, len(start), 65536):
@@ -363,25 +362,3 @@ def target_rows(view: View) -> np.ndarray:
 def target_example(view: View) -> np.ndarray:
     """int64 [T]: the example each target belongs to; expands a mask over examples to one over targets."""
     return np.repeat(np.arange(len(view)), view.stop - view.target_start)
-
-
-def slice_new_users(view: View, train: View) -> dict[str, np.ndarray]:
-    """bool masks over the view's examples [N]: users that training has not seen, and the others."""
-    known = np.isin(view.user, train.user)
-    return {"new_users": ~known, "known_users": known}
-
-
-def slice_new_items(log: EventLog, view: View, train: View) -> dict[str, np.ndarray]:
-    """bool masks over the view's targets [T], in `target_rows` order: items absent from training, and the rest."""
-    known = _items_of(log, train.start, train.stop)[log.events["item_id"][target_rows(view)]]
-    return {"new_items": ~known, "known_items": known}
-
-
-def slice_history(view: View, edges: tuple[int, ...] = (5, 10, 20, 50, 100, 200)) -> dict[str, np.ndarray]:
-    """bool masks over examples [N] by events of history before the first target: history_1_4, ..., history_200_up."""
-    history = view.target_start - view.start
-    bounds = [1, *edges, None]
-    return {
-        f"history_{low}_{'up' if high is None else high - 1}": (history >= low) & (high is None or history < high)
-        for low, high in itertools.pairwise(bounds)
-    }

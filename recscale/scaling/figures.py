@@ -186,7 +186,7 @@ def _unit(law: AxisLaw) -> str:
 
 def gain_figure(laws: Sequence[AxisLaw], path: str | Path) -> list[dict[str, Any]]:
     """What the next doubling of each axis buys, largest first, with 90 % intervals; grey where it includes nothing."""
-    fitted = sorted((law for law in laws if law.fits), key=lambda law: law.gain.value)
+    fitted = sorted((law for law in laws if law.fits and not law.spec.end), key=lambda law: law.gain.value)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.5 + 0.5 * max(len(fitted), 1)), layout="constrained")
         axes = figure.add_subplot()

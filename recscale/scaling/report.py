@@ -32,12 +32,14 @@ def write(
     title: str,
     question: str,
     floors: Mapping[str, float] | None = None,
+    switches: Sequence[tuple[str, str]] = (),
     draws: int = 1000,
 ) -> Path:
     """Writes report.html, laws.json, runs.csv and figures/ into the study's folder and returns the report's path.
 
     records: from `collect`; axes: what to fit, in the order to show; floors: further known limits, name -> value in the
-    unit of the metric, listed beside the question. A study without usable runs, or an axis with too few points, is
+    unit of the metric, listed beside the question; switches: (label, sentence) of what is on or off and so has no
+    doubling. A study without usable runs, or an axis with too few points, is
     reported as such. Raises ValueError when two axes share a name.
     """
     folder = Path(study_folder)
@@ -55,7 +57,7 @@ def write(
         title=title,
         question=question,
         floors=floors or {},
-        answers=[(law.spec.label, answer(law)) for law in laws],
+        answers=[*((law.spec.label, answer(law)) for law in laws), *switches],
         ordering=ordering(laws),
         laws=[_law_row(law) for law in laws],
         sections=[(law, figures[law.spec.name], _facts(law)) for law in laws],
@@ -114,6 +116,8 @@ def answer(law: AxisLaw) -> str:
     if not law.fits:
         return f"Nothing can be said: {law.problem}."
     top = float(law.x_N[-1])
+    if spec.end:
+        return f"No next doubling beyond {short_number(top)} {spec.unit}: {spec.end}."
     step = f"doubling from {short_number(top)} to {short_number(2 * top)} {spec.unit}"
     amount = f"{abs(law.gain.value):.4f} {spec.metric_unit} ({_interval(law.gain)})"
     if not math.isfinite(law.gain.low):
@@ -137,7 +141,7 @@ def _cost(law: AxisLaw) -> str:
 
 def ordering(laws: Sequence[AxisLaw]) -> str:
     """All axes from the largest gain per doubling to the smallest, naming neighbours whose intervals overlap."""
-    fitted = sorted((law for law in laws if law.fits), key=lambda law: -law.gain.value)
+    fitted = sorted((law for law in laws if law.fits and not law.spec.end), key=lambda law: -law.gain.value)
     if not fitted:
         return "No axis could be fitted, so nothing can be put in order."
     helpful = [law for law in fitted if law.gain.value > 0 and not law.gain.flat]

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from recscale.data import splits
+from recscale.data import slices, splits
 from recscale.data.event_log import Column, EventLog, EventLogError
 
 DAY = 86_400
@@ -117,7 +117,7 @@ def test_new_users_are_dropped_or_kept_with_their_first_event_as_history():
     assert views["test"].dropped == {"users without a target": 1, "users without training history": 1}
     kept = splits.global_time(log, test_from=10, keep_new_users=True)
     assert runs(kept["test"]) == [(0, 0, 2, 3), (1, 3, 4, 6)]
-    masks = splits.slice_new_users(kept["test"], kept["train"])
+    masks = slices.new_users(log, kept["test"], kept["train"])
     assert masks["new_users"].tolist() == [False, True] and masks["known_users"].tolist() == [True, False]
 
 
@@ -128,7 +128,7 @@ def test_unseen_items_are_dropped_without_losing_the_targets_around_them():
     views = splits.global_time(log, test_from=10, keep_unseen_items=False)
     assert runs(views["test"]) == [(0, 0, 3, 4), (0, 0, 5, 7)]
     assert views["test"].dropped["targets of items without training events"] == 3
-    assert splits.slice_new_items(log, keep, views["train"])["new_items"].tolist() == [0, 1, 0, 0, 1, 1]
+    assert slices.new_items(log, keep, views["train"])["new_items"].tolist() == [0, 1, 0, 0, 1, 1]
 
 
 def test_unseen_items_match_brute_force():
@@ -211,11 +211,12 @@ def test_limit_events_keeps_the_last():
 
 
 def test_history_slices_partition_the_examples():
-    view = splits.leave_one_out(make_log([2, 5, 6, 11, 300]))["test"]
-    masks = splits.slice_history(view, edges=(5, 10))
-    assert list(masks) == ["history_1_4", "history_5_9", "history_10_up"]
+    log = make_log([2, 5, 6, 11, 300])
+    views = splits.leave_one_out(log)
+    masks = slices.history(log, views["test"], views["train"])
     assert masks["history_1_4"].tolist() == [True, True, False, False, False]
-    assert masks["history_10_up"].tolist() == [False, False, False, True, True]
+    assert masks["history_5_9"].tolist() == [False, False, True, False, False]
+    assert masks["history_200_up"].tolist() == [False, False, False, False, True]
     np.testing.assert_array_equal(np.sum(list(masks.values()), axis=0), 1)
 
 

@@ -24,8 +24,7 @@ def test_hashed_slots(rows):
     slots = np.asarray(jax.jit(table.slots)(ids))
     assert slots.dtype == np.int32 and slots[0] == 0
     assert slots[1:].min() >= 1 and slots[1:].max() <= rows
-    np.testing.assert_array_equal(slots, Table(1000, 8, rows).slots(ids))  # of the id alone
-    np.testing.assert_array_equal(slots[[3, 0, 3]], table.slots(jnp.asarray([3, 0, 3])))
+    np.testing.assert_array_equal(slots[::-1], jax.jit(Table(1000, 8, rows).slots)(ids[::-1]))  # of the id alone
 
 
 def test_hashing_spreads_consecutive_and_large_ids():
@@ -39,11 +38,12 @@ def test_hashing_spreads_consecutive_and_large_ids():
 
 
 def test_initial_values():
-    table = np.asarray(jax.jit(Table(500, 40, stddev=0.1).init)(jax.random.key(0)))
+    spec = Table(500, 40, stddev=0.1)
+    table = np.asarray(jax.jit(spec.init)(jax.random.key(0)))
     assert table.shape == (501, 40) and table.dtype == np.float32
     assert not table[0].any() and np.abs(table[1:]).max() <= 0.2
     assert table[1:].std() == pytest.approx(0.1 * 0.8796, rel=0.02)
-    assert Table(500, 40, rows=20).init(jax.random.key(0)).shape == (21, 40)
+    assert jax.eval_shape(Table(500, 40, rows=20).init, jax.random.key(0)).shape == (21, 40)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 0), (10, 0, 0), (10, 4, -1)])

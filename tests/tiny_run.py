@@ -1,0 +1,45 @@
+"""A run so small that a test can afford it: a planted log of a few users, a shipped config shrunk to fit it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import hstu_planted, sasrec_ml1m
+from recscale.data.prepare import prepare
+
+BASES = {"hstu": hstu_planted, "sasrec": sasrec_ml1m}
+ITEMS = 63  # with the padding row 64 rows, which eight devices share evenly
+
+
+def make_log(folder: Path, users: int = 200, **settings: float) -> Path:
+    """Write a planted log of short histories and return its path."""
+    lengths = {"length_median": 10, "length_max": 24}
+    world = {"items": ITEMS, "items_per_interest": 20, "interests": 6, "types": 6}
+    prepare("planted", folder, settings={"users": users} | lengths | world | settings)
+    return folder
+
+
+def tiny(model: str, log: Path, **changes: object) -> ConfigDict:
+    """The shipped config of a model on this log, tiny; changes: "section.key" -> value, with "__" for the dot."""
+    config = BASES[model].get_config().unlock()
+    config.data.path = str(log)
+    config.split = ConfigDict({"name": "leave_one_out", "validation": True})
+    config.loader.update({"batch_size": 8, "length": 16, "row_length": 0, "window": "last"})
+    config.model.update({"embed_dim": 8, "width": 8, "heads": 2, "depth": 2, "max_length": 16, "dropout": 0.1})
+    config.model.update({"qk_dim": 4, "v_dim": 4} if model == "hstu" else {"ffn": 16})
+    config.optim.update({"warmup": 3, "learning_rate": 1e-2})
+    config.train.update(
+        {"epochs": 1.0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": "", "patience": 0}
+    )
+    config.eval.update({"final": ("test",), "protocols": ("full",), "ks": (10,), "chunk": 64, "block": 64, "top_k": 0})
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+    return config.lock()
+
+
+SAMPLED = {"task__loss": "sampled", "task__negatives": 7, "task__sampler": "mixed", "task__logq": "standard"}
+FULL = {"task__loss": "full", "task__negatives": 0, "task__logq": "none"}
