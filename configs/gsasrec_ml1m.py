@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
         }
     )
-    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 1e-3})
+    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 2e-3})
     c.task_name = "next_item"
     c.task = ConfigDict(
         {
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     c.optim = ConfigDict(
         {
             "schedule": "cosine",
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "warmup": 0,
             "b1": 0.9,
             "b2": 0.98,
@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 50.0,
+            "epochs": 24.0,
             "log_every": 50,
             "eval_every": 412,
             "checkpoint_every": 412,

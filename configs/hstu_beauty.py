@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 90.0,
+            "epochs": 45.0,
             "log_every": 50,
             "eval_every": 225,
             "checkpoint_every": 225,

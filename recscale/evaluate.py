@@ -228,7 +228,8 @@ def _rows(per_target, lists, masks, num_items, ks, where) -> list[dict[str, Any]
 def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
     """Evaluate a train state on a split of its run, as config.eval says; returns (rows, per_target) of `evaluate`.
 
-    final: with the top lists behind coverage and by slice (new users, new items, length of history); raises ValueError for a split the run does not have.
+    final: with the top lists behind coverage and by slice (new users, new items, length of history). Raises ValueError
+    for a split the run does not have.
     """
     if split not in run.views:
         raise ValueError(f"split {split!r}: this run has {tuple(run.views)}; see split and eval in the config")
@@ -269,11 +270,11 @@ def _slices(run: Run, view: View) -> dict[str, np.ndarray]:
     return {name: mask for name, mask in named if mask.any() and not mask.all()}
 
 
-def main(_: list[str]) -> None:
+def main(_argv: list[str]) -> None:
     """Command line: evaluate the selected (else the newest) checkpoint of a workdir and print one row per metric."""
     logging.set_verbosity(logging.WARNING)
     try:
-        workdir, run = Path(_WORKDIR.value), build(_CONFIG.value)
+        workdir, run = Path(str(_WORKDIR.value)), build(_CONFIG.value)
         folder = workdir / ("best" if _CONFIG.value.train.select else "checkpoints")
         with Checkpoints(folder, keep=1) as checkpoints:
             step = checkpoints.latest()

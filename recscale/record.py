@@ -98,15 +98,11 @@ class Metrics:
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(part, self.file)
         self.rows = kept
-        self.handle = self.file.open("a")
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self.handle.write(json.dumps(row) + "\n")
-        self.handle.flush()
-
-    def close(self) -> None:
-        self.handle.close()
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def seconds(self) -> float:
         """Time the run had taken at its last row, restarts left out."""

@@ -104,8 +104,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         book["evaluations"] = [row for row in metrics.evaluations() if "final" in row]
         book["curve"] = [row for row in metrics.evaluations() if "final" not in row]
         book |= costs(run, step) | {"seen": seen(run, step), "status": status, "reason": reason, "stopped_at": step}
-        book["seconds"] = {"wall": time.time() - started, "device": (time.time() - started) * run.mesh.size}
-        metrics.close()
+        wall = time.time() - started
+        book["seconds"] = {"wall": wall, "device": wall * run.mesh.size}
         record.write(workdir, book)
     _mark_done(workdir, book)
     return book
@@ -199,13 +199,18 @@ class Progress:
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
+def one_line(error: Exception) -> str:
+    """What the command line says of an error; KeyError would print its message quoted."""
+    return "error: " + " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+
+
 def main(_: list[str]) -> None:
     """Command line of the module docstring; one line and a non-zero exit status on a bad config, log or workdir."""
     logging.set_verbosity(logging.WARNING)
     try:
         book = train(_CONFIG.value, Path(str(_WORKDIR.value)))
     except (EventLogError, ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(one_line(error))
     for row in book["evaluations"]:
         print(
             f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}"
@@ -219,7 +224,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: --config: {' '.join(str(error.args[-1] if error.args else error).split())}")
+        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def tiny(model: str, log: Path, **changes: object) -> ConfigDict:
     config.data.path = str(log)
     config.split = ConfigDict({"name": "leave_one_out", "validation": True})
     config.loader.update({"batch_size": 8, "length": 16, "row_length": 0, "window": "last"})
-    config.model.update({"embed_dim": 8, "width": 8, "heads": 2, "depth": 2, "max_length": 16, "dropout": 0.1})
+    config.model.update({"embed_dim": 8, "width": 8, "heads": 2, "depth": 1, "max_length": 16, "dropout": 0.1})
     config.model.update({"qk_dim": 4, "v_dim": 4} if model == "hstu" else {"ffn": 16})
     config.optim.update({"warmup": 3, "learning_rate": 1e-2})
     config.train.update(

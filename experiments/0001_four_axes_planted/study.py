@@ -4,6 +4,7 @@ python -m launch.local experiments/0001_four_axes_planted
 python -m recscale.train --config=experiments/0001_four_axes_planted/study.py:users-1000-s0 --workdir=DIR
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def base() -> ConfigDict:
     return axes.data_users(config.lock(), BASE_USERS)
 
 
+@functools.cache
 def _configs() -> dict[str, ConfigDict]:
     every_axis = tuple(axes.AXES)
     found = {f"base-s{seed}": axes.cell(base(), NAME, "base", every_axis, seed) for seed in BASE_SEEDS}
@@ -139,8 +141,8 @@ def feature_gain(folder: Path) -> tuple[str, str]:
     half = 1.645 * saved.std(ddof=1) / len(saved) ** 0.5
     mean = saved.mean()
     return label, (
-        f"Switching it on lowers test nats by {mean:.4f} nats/event (90 % {mean - half:.4f} to {mean + half:.4f}, paired "
-        f"over {len(saved)} targets, one seed each)."
+        f"Switching it on lowers test nats by {mean:.4f} nats/event (90 % {mean - half:.4f} to {mean + half:.4f}, "
+        f"paired over {len(saved)} targets, one seed each)."
     )
 
 

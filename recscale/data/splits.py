@@ -34,9 +34,7 @@ class View:
         return len(self.user)
 
 
-def leave_one_out(
-    log: EventLog, validation: bool = True, validation_users: int = 0, seed: int = 0
-) -> dict[str, View]:
+def leave_one_out(log: EventLog, validation: bool = True, validation_users: int = 0, seed: int = 0) -> dict[str, View]:
     """The last event of every user is the test target, the one before it the validation target, the rest is training.
 
     Without `validation` there is no "val" and training keeps the second last event. validation_users: only this many
@@ -47,7 +45,9 @@ def leave_one_out(
     validating = np.full(log.num_users, validation)
     if validation and validation_users:
         if not 0 < validation_users <= log.num_users:
-            raise EventLogError(f"leave_one_out: validation_users={validation_users}, the log has {log.num_users} users.")
+            raise EventLogError(
+                f"leave_one_out: validation_users={validation_users} of {log.num_users} users in the log."
+            )
         validating[np.random.default_rng(seed).permutation(log.num_users)[validation_users:]] = False
     views = {"train": _view("train", begin, begin + 1, end - 1 - validating)}
     if validation:

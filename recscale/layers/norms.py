@@ -30,7 +30,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with affine parameters (scale 1, bias 0 at the start) over the last axis of width `dim`; keeps the type."""
+    """LayerNorm with affine parameters (scale 1, bias 0 at the start) over a last axis of `dim`; keeps the type."""
 
     def __init__(self, dim: int, eps: float):
         self.eps = eps

@@ -46,7 +46,11 @@ def data_events(base: ConfigDict, events: int) -> ConfigDict:
 
 
 def context_history(base: ConfigDict, length: int) -> ConfigDict:
-    """Context axis: events of history the model sees, in training and in evaluation."""
+    """Context axis: events of history the model sees, in training and in evaluation; at most model.max_length."""
+    if length > base.model.max_length:
+        raise ValueError(
+            f"a history of {length} events does not fit model.max_length = {base.model.max_length}: raise the base's"
+        )
     config = _changed(base, "history", length)
     config.loader.length = length
     return config
@@ -65,6 +69,8 @@ def encoder_width(base: ConfigDict, width: int) -> ConfigDict:
     config.optim.learning_rate = recipes.learning_rate(base.optim.learning_rate, base.model.width, width)
     config.model.width = width
     config.model.heads = recipes.heads(width)
+    if width % config.model.heads:
+        raise ValueError(f"width {width} does not divide into {config.model.heads} heads: choose a multiple of them")
     if "ffn" in config.model:
         config.model.ffn = base.model.ffn * width // base.model.width
     if "qk_dim" in config.model:

@@ -24,7 +24,7 @@ class AxisSpec:
     metric, split, slice: the evaluation that is fitted, in metric_unit. floor: its known limit on this axis, if any.
     cost: key or function of a row for what a run costs, in cost_unit. paired: all cells are evaluated on the same
     examples, so the sampling error of the evaluation is common to all points and moves the floor, not the shape.
-    end: why the axis cannot grow beyond its largest x, where it cannot; such an axis is fitted but has no next doubling.
+    end: why the axis cannot grow beyond its largest x, where it cannot; such an axis is fitted but never doubled.
     """
 
     name: str

@@ -94,13 +94,7 @@ def test_reference_equals_loops_in_float64(kind):
 
 
 CASES = [("silu", length, None) for length in (1, 7, 48, 49, 97, 150, 400)]
-CASES += [
-    ("silu", 1030, 60),
-    ("softmax", 7, None),
-    ("softmax", 49, None),
-    ("softmax", 150, 40),
-    ("softmax", 1030, None),
-]
+CASES += [("silu", 1030, 60), ("softmax", 7, None), ("softmax", 150, 40)]
 
 
 @pytest.mark.parametrize(("kind", "length", "longest"), CASES)
@@ -108,11 +102,10 @@ def test_blocks_equal_the_reference(kind, length, longest):
     assert_equals_reference(case(length, longest), kind)
 
 
-@pytest.mark.parametrize(("kind", "length", "longest"), [("silu", 60, 15), ("softmax", 61, None)])
-def test_sub_blocks_equal_the_reference(kind, length, longest, monkeypatch):
+def test_softmax_in_sub_blocks(monkeypatch):
     for name, value in {"_MIN_BLOCK": 8, "_MAX_BLOCK": 8, "_MAX_UNROLLED": 3}.items():
-        monkeypatch.setattr(kernel, name, value)  # three blocks of 20 or 21 queries, each in sub-blocks of 8
-    assert_equals_reference(case(length, longest), kind)
+        monkeypatch.setattr(kernel, name, value)  # blocks of 21 queries, each in three sub-blocks of 8
+    assert_equals_reference(case(61), "softmax")
 
 
 def assert_equals_reference(c: Case, kind: str) -> None:

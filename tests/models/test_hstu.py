@@ -197,6 +197,78 @@ def test_every_published_slip_is_caught(name, monkeypatch):
     assert change == pytest.approx(VARIANTS[name], rel=0.02)
 
 
+def random_model(config: hstu.Config) -> hstu.Model:
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: hstu.Model(config, jax.random.key(0)))
+    return jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32), shapes)
+
+
+def in_float64(model: hstu.Model, x: np.ndarray, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """HSTU written out: pairs of one user, key not after query."""
+    c = model.config
+    numbers = jax.tree.map(lambda p: np.asarray(p, np.float64), model)
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    segment, (B, L) = batch["segment_ids"], batch["segment_ids"].shape
+    x = x * np.sqrt(c.embed_dim) + numbers.positions[...][batch["positions"]]
+    x = x * (segment > 0)[:, :, None]
+    if c.embed_dim != c.width:
+        x = x @ numbers.up[...]
+    seconds = np.abs(batch["query_timestamp"].astype(int)[:, :, None] - batch["timestamp"].astype(int)[:, None, :])
+    bucket = (np.log(np.maximum(seconds, 1)) / 0.301).astype(int)
+    for layer in range(c.depth):
+        weights = {name: getattr(numbers.layers, name)[...][layer] for name in ("uvqk", "out", "out_bias")}
+        position, time = numbers.layers.position_bias[...][layer], numbers.layers.time_bias[...][layer]
+        gated, keyed = c.heads * c.v_dim, c.heads * c.qk_dim
+        u, v, q, k = np.split(silu(norm(x) @ weights["uvqk"]), (gated, 2 * gated, 2 * gated + keyed), axis=-1)
+        v, q, k = (a.reshape(B, L, c.heads, -1) for a in (v, q, k))
+        o = np.zeros((B, L, c.heads, c.v_dim))
+        for b, i, h in np.ndindex(B, L, c.heads):
+            for j in range(i + 1):
+                if segment[b, i] == segment[b, j] > 0:
+                    score = q[b, i, h] @ k[b, j, h] + position[j - i + c.n - 1] + time[bucket[b, i, j]]
+                    o[b, i, h] += silu(score) / c.n * v[b, j, h]
+        x = x + (u * norm(o.reshape(B, L, gated))) @ weights["out"] + weights["out_bias"]
+    return x if c.embed_dim == c.width else x @ numbers.down[...]
+
+
+@pytest.mark.parametrize(("width", "query_time"), [(6, "next_event"), (8, "last_event")])
+def test_value_and_gradient_equal_numpy(width, query_time):
+    """On random parameters, with the linear maps that join an item vector to a width of another size."""
+    config = dataclasses.replace(CONFIG, width=width, query_time=query_time)
+    model, rng = random_model(config), np.random.default_rng(1)
+    times = np.cumsum(rng.integers(1, 90_000, (2, 8)), axis=1).astype(np.int32)
+    batch = {
+        "segment_ids": np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]], np.int32),
+        "positions": np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]], np.int32),
+        "timestamp": times[:, :-1],
+        "query_timestamp": times[:, 1:],
+    }
+    plain = batch if query_time == "next_event" else batch | {"query_timestamp": batch["timestamp"]}
+    real = batch["segment_ids"] > 0
+    x = rng.normal(size=(2, 7, 6)).astype(np.float32)
+    weight = (rng.normal(size=(2, 7, 6)) * real[:, :, None]).astype(np.float32)
+
+    def total(model, x):
+        hidden = model(x, batch)
+        return (weight * hidden).sum(), hidden
+
+    assert (model.up is None) == (width == 6)
+    run = jax.jit(jax.value_and_grad(total, argnums=1, has_aux=True), compiler_options=QUICK)
+    (_, hidden), grad = run(model, x)
+    np.testing.assert_allclose(np.asarray(hidden)[real], in_float64(model, x, plain)[real], atol=2e-5)
+    direction = rng.normal(size=x.shape)
+    plus, minus = (in_float64(model, x.astype(np.float64) + step * direction, plain) for step in (1e-6, -1e-6))
+    slope = (weight * (plus - minus)).sum() / 2e-6
+    assert (np.asarray(grad) * direction).sum() == pytest.approx(slope, rel=5e-4)
+    assert not np.any(np.asarray(grad)[~real])
+
+
 def test_time_buckets():
     golden = {0: 0, 1: 0, 2: 2, 5: 5, 60: 13, 600: 21, 3600: 27, 86400: 37, 604800: 44, 2592000: 49, 31536000: 57}
     bucket = jax.jit(kernel.time_bucket)

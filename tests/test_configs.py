@@ -1,0 +1,83 @@
+"""What is shipped runs: every config and every cell of every study."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from launch.local import load
+from recscale.mesh import place_batch
+from recscale.models import MODELS
+from recscale.run import build, check_config, init_state, make_train_step
+from recscale.tasks import TASKS
+from tests.tiny_run import make_log
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
+STUDIES = sorted(path.parent for path in (ROOT / "experiments").glob("*/study.py"))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    return make_log(tmp_path_factory.mktemp("planted") / "log", users=80)
+
+
+def get_config(name: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def assert_it_builds(config: ConfigDict) -> None:
+    """All that can be said of a config without its data."""
+    check_config(config)
+    model = MODELS[config.model_name].Config(**config.model)
+    TASKS[config.task_name].Config(**config.task)
+    assert config.loader.length <= model.max_length
+    assert (config.loader.row_length or config.loader.length) >= config.loader.length
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_is_locked_and_says_how_to_run_it(name):
+    config = get_config(name)
+    assert config.is_locked
+    with pytest.raises((KeyError, AttributeError)):
+        config.train.patiense = 3
+    assert_it_builds(config)
+    text = importlib.import_module(f"configs.{name}").__doc__
+    for word in ("Data", "Command", "Hardware"):
+        assert re.search(rf"^{word} ", text, re.MULTILINE), word
+    assert f"--config=configs/{name}.py" in text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_takes_two_steps(name, log):
+    """On a tiny log, as shipped but for the path, the width, the batch and what follows from the number of users."""
+    config = get_config(name).unlock()
+    config.data.path, config.data.users = str(log), 0
+    if config.split.name == "by_user":
+        config.split.train_users, config.split.eval_users = 60, 20
+    if "validation_users" in config.split and config.split.validation_users:
+        config.split.validation_users = 20
+    config.loader.batch_size = 2
+    config.model.depth = 1
+    if config.task.loss != "full":
+        config.task.negatives = 8
+    run = build(config.lock())
+    state, train_step = init_state(run), make_train_step(run)
+    for i in range(2):
+        state, metrics = train_step(state, place_batch(run.mesh, run.loader[i]))
+        assert np.isfinite(metrics["loss"]) and metrics["targets"] > 0
+    assert int(state["step"]) == 2
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_every_cell_of_a_study_builds(study):
+    module = load(study)
+    names = module.cells()
+    assert len(set(names)) == len(names) > 0
+    for name in names:
+        config = module.get_config(name)
+        assert config.is_locked and config.study == study.name, name
+        assert_it_builds(config)

@@ -1,0 +1,221 @@
+"""From config to step: causality, packing, costs against the compiler, one trace, nothing fetched by the step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recscale.data.loading import Loader
+from recscale.evaluate import evaluate_split
+from recscale.mesh import place_batch
+from recscale.models import MODELS, hstu, sasrec
+from recscale.run import build, costs, init_state, item_frequency, make_train_step, seen
+from tests.tiny_run import FULL, ITEMS, SAMPLED, make_log, tiny
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return make_log(tmp_path_factory.mktemp("planted") / "log")
+
+
+def model_of(name: str, length: int, width: int = 4, heads: int = 2, depth: int = 2):
+    """A small model with every part that looks across positions."""
+    shape = {"embed_dim": width, "width": width, "depth": depth, "heads": heads, "max_length": length, "dropout": 0.0}
+    if name == "hstu":
+        shape |= {"qk_dim": width // heads, "v_dim": width // heads, "output_length": 1, "time_bias": True}
+        config = hstu.Config(**shape, query_time="next_event", dtype="float32")
+    else:
+        config = sasrec.Config(**shape, ffn=2 * width, activation="gelu", dtype="float32")
+    return config, MODELS[name].Model(config, jax.random.key(0))
+
+
+def packed_row(length: int) -> dict[str, np.ndarray]:
+    """One row of two users and some padding at the end."""
+    padding, first = length // 10, length // 3
+    segment = np.repeat([1, 2, 0], [first, length - first - padding, padding]).astype(np.int32)
+    position = np.concatenate([np.arange(first), np.arange(length - first)]).astype(np.int32)
+    time = np.cumsum(np.random.default_rng(0).integers(0, 5000, length)).astype(np.int32)
+    batch = {
+        "segment_ids": segment,
+        "positions": position,
+        "timestamp": time,
+        "query_timestamp": np.append(time[1:], 0),
+    }
+    return {name: value[None].astype(np.int32) for name, value in batch.items()}
+
+
+def reach(name: str, length: int, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n, L]: the largest |d hidden[i] / d x[j]| for each i of outputs, and where it may differ from zero."""
+    config, model = model_of(name, length)
+    batch = packed_row(length)
+    x = jax.random.normal(jax.random.key(1), (1, length, config.embed_dim))
+    direction = np.zeros((len(outputs), *x.shape), np.float32)
+    direction[np.arange(len(outputs)), 0, outputs] = np.linspace(0.3, 1.0, config.embed_dim)
+
+    @jax.jit
+    def gradients(x, directions):
+        _, pull = jax.vjp(lambda x: model(x, batch), x)
+        return jax.lax.map(lambda one: pull(one)[0], directions)
+
+    grads = gradients(x, direction)
+    segment, j = batch["segment_ids"][0], np.arange(length)
+    allowed = (j[None] <= outputs[:, None]) & (segment[None] == segment[outputs][:, None])
+    return np.abs(np.asarray(grads))[:, 0].max(axis=-1), allowed
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+@pytest.mark.parametrize("length", [97, *(pytest.param(length, marks=pytest.mark.slow) for length in (49, 150))])
+def test_no_gradient_comes_from_the_future_or_from_another_user(name, length):
+    """Exactly zero for every j > i and every other segment; different from zero for every event of the past."""
+    outputs = np.flatnonzero(packed_row(length)["segment_ids"][0])
+    found, allowed = reach(name, length, outputs)
+    assert (found[~allowed] == 0).all()
+    assert (found[allowed] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_no_gradient_comes_from_the_future_in_long_rows(name):
+    """Beyond 1,024 slots a block of queries is scanned in sub-blocks: the outputs sit on both sides of their edges."""
+    length = 1100
+    outputs = np.array([0, 137, 138, 265, 266, 365, 366, 367, 500, 965, 966, 989])
+    found, allowed = reach(name, length, outputs)
+    assert (found[~allowed] == 0).all()
+    assert (found[allowed] > 0).mean() > 0.99  # a weight over a thousand events may round to nothing
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_packing_changes_no_users_loss(name, log):
+    """Evaluation: the nats of every target, users packed or one per row; the run's parameters are random."""
+    found = {}
+    for layout in ("packed", "padded"):
+        run = build(tiny(name, log, loader__layout=layout, loader__length=12, eval__protocols=(), **FULL))
+        state = init_state(run)
+        state["tables"]["item"] = state["tables"]["item"] * 50.0  # differences that count
+        found[layout] = evaluate_split(run, state, "test", 0)[1]
+    assert np.ptp(found["padded"]["nats"]) > 0.5
+    np.testing.assert_array_equal(found["packed"]["row"], found["padded"]["row"])
+    np.testing.assert_allclose(found["packed"]["nats"], found["padded"]["nats"], rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_packing_changes_no_training_loss(name, log):
+    """The same users in one batch: packed, several per row, and one per row."""
+    changes = SAMPLED | {"task__shared": "batch", "task__sampler": "uniform"}  # draws that no layout changes
+    run = build(tiny(name, log, model__dropout=0.0, **changes))
+    state, key = init_state(run), jax.random.key(3)
+    losses, shapes = [], []
+    for layout, row_length, rows in (("packed", 16, 200), ("packed", 64, 64), ("padded", 16, 200)):
+        loader = Loader(
+            run.log, run.views["train"], batch_size=rows, length=16, row_length=row_length, layout=layout, shuffle=False
+        )
+        assert loader.steps_per_epoch == 1
+        batch = {k: jnp.asarray(v) for k, v in loader[0].items()}
+        touched = run.task.ids(batch, key)
+        rows_of = {n: state["tables"][table].at[slots].get() for n, (table, slots) in touched.items()}
+        loss, metrics = jax.jit(run.task.loss)(state["model"], rows_of, batch, key)
+        losses.append(float(loss))
+        shapes.append((int(metrics["targets"]), int(loader[0]["segment_ids"].max())))
+    assert len({targets for targets, _ in shapes}) == 1
+    assert [users > 1 for _, users in shapes] == [True, True, False]
+    np.testing.assert_allclose(losses, losses[-1], rtol=1e-5)
+
+
+def forward_flops(name: str, width: int, length: int, monkeypatch, *, attend: bool) -> float:
+    """FLOPs of one layer as XLA counts them before optimising; attend=False puts the values in attention's place."""
+    config, model = model_of(name, length, width, heads=1, depth=1)
+    if not attend:
+        monkeypatch.setattr(MODELS[name], "attention", lambda q, k, v, *args, **more: v)
+    batch = packed_row(length)
+    x = jnp.zeros((1, length, config.embed_dim))
+    return jax.jit(lambda m, x: m(x, batch)).lower(model, x).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_flops_agree_with_the_compiler_on_one_layer(name, monkeypatch):
+    """Projections within 10 %; attention within 10 % of the full square, which is what one block of 48 computes.
+
+    `flops` counts the causal half, L (L + 1) / 2 pairs; the compiler sees L * L. With attention taken out, what is left
+    is the projections and some element-wise work. One layer, because the compiler counts a scanned body once.
+    """
+    width, length = 256, 48
+    config, _ = model_of(name, length, width, heads=1, depth=1)
+    ours = MODELS[name].flops(config, length)
+    with_attention = forward_flops(name, width, length, monkeypatch, attend=True)
+    without = forward_flops(name, width, length, monkeypatch, attend=False)
+    assert without == pytest.approx(ours["projections"], rel=0.1)
+    assert with_attention - without == pytest.approx(ours["attention"] * 2 * length / (length + 1), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_parameters_counted_are_the_models_leaves(name, log):
+    run = build(tiny(name, log, table__rows=50, model__width=16, model__depth=3, loader__queries=("surface",), **FULL))
+    state = jax.eval_shape(lambda: init_state(run))
+    counted = costs(run, run.steps)["parameters"]
+    assert counted["dense"] == sum(leaf.size for leaf in jax.tree.leaves(state["model"]))
+    assert state["tables"]["item"].shape == (51, 8)  # and a padding row, which is no parameter
+    assert counted["tables"] == 50 * 8
+    assert counted["context_tables"] == state["tables"]["surface"].size - 8
+
+
+def test_costs_and_counts_equal_a_plain_loop(log):
+    """One user after another, by the formulas written out; two epochs of a training view with a hand-made cut."""
+    run = build(tiny("hstu", log, train__epochs=2.0, loader__length=9, **SAMPLED))
+    view, items = run.views["train"], run.log.events["item_id"]
+    D = width = 8
+    gated = keyed = 2 * 4
+    projections = attention = head = lookup = events = 0.0
+    seen_items: set[int] = set()
+    for n in range(len(view)):
+        inputs = min(int(view.stop[n] - view.start[n]) - 1, 9)
+        seen_items |= set(np.asarray(items[view.start[n] : view.stop[n]]).tolist())
+        projections += inputs * 2 * (width * (2 * gated + 2 * keyed) + gated * width)
+        attention += sum(2 * (gated + keyed) * (i + 1) for i in range(inputs))
+        head += 2 * inputs * (1 + 7) * D
+        lookup += 4 * D * inputs
+        events += inputs
+    steps = run.steps
+    epochs = steps * 8 / run.loader.num_rows
+    assert epochs == pytest.approx(2.0, rel=0.05)
+    flops = costs(run, steps)["flops"]
+    expected = {"projections": projections, "attention": attention, "head": head}
+    for part, value in expected.items():
+        assert flops[part] == pytest.approx(3 * epochs * value), part
+    assert flops["train_total"] == pytest.approx(3 * epochs * sum(expected.values()))
+    assert flops["lookup_bytes"] == pytest.approx(epochs * lookup)
+    counts = seen(run, steps)
+    assert counts["events"] == pytest.approx(epochs * events)
+    assert counts["examples"] == pytest.approx(epochs * len(view))
+    assert counts["unique_users"] == len(view) and counts["unique_items"] == len(seen_items)
+    half = costs(run, steps // 2)["flops"]["train_total"]
+    assert half == pytest.approx(flops["train_total"] * (steps // 2) / steps)
+
+
+def test_frequency_is_the_share_of_training_events(log):
+    run = build(tiny("hstu", log, **SAMPLED))
+    view, items = run.views["train"], run.log.events["item_id"]
+    events = np.concatenate([items[a:b] for a, b in zip(view.start, view.stop, strict=True)])
+    frequency = item_frequency(run.log, view)
+    np.testing.assert_allclose(frequency[:, 0], np.bincount(events, minlength=ITEMS + 1) / len(events), rtol=1e-6)
+    assert frequency[0] == 0
+
+
+def test_steps_of_one_shape_compile_once_and_fetch_nothing(log):
+    """One trace for the first state and for what the step returns; with the batch placed, no transfer either way."""
+    run = build(tiny("hstu", log, **SAMPLED))
+    state, train_step = init_state(run), make_train_step(run)
+    batches = [place_batch(run.mesh, run.loader[i]) for i in range(3)]
+    state, metrics = train_step(state, batches[0])
+    with jax.transfer_guard("disallow"):
+        for batch in batches[1:]:
+            state, metrics = train_step(state, batch)
+    assert train_step._cache_size() == 1
+    assert int(state["step"]) == 3 and np.isfinite(metrics["loss"])
+    assert (np.asarray(state["tables"]["item"])[0] == 0).all()  # padding is never trained
+
+
+def test_a_config_the_data_cannot_serve_is_refused(log):
+    with pytest.raises(ValueError, match=r"'tab' is not a context column.*surface"):
+        build(tiny("hstu", log, loader__queries=("tab",)))
+    with pytest.raises(ValueError, match=r"eval: split.name = 'leave_one_out'.*'tset'"):
+        build(tiny("hstu", log, eval__final=("tset",)))
