@@ -18,10 +18,15 @@ def _named(state: Any) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one folder. Use as a context manager: leaving it waits for the writes."""
+    """The newest `keep` checkpoints of one folder. Use as a context manager: leaving it waits for the writes.
 
-    def __init__(self, path: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    read_only: leaves the folder as it is, even what looks like the rest of a broken write: a run may be writing it.
+    """
+
+    def __init__(self, path: Path, keep: int, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(path.absolute(), options=options, item_handlers=handlers)
 

@@ -276,13 +276,13 @@ def main(_argv: list[str]) -> None:
     try:
         workdir, run = Path(str(_WORKDIR.value)), build(_CONFIG.value)
         folder = workdir / ("best" if _CONFIG.value.train.select else "checkpoints")
-        with Checkpoints(folder, keep=1) as checkpoints:
+        with Checkpoints(folder, keep=1, read_only=True) as checkpoints:
             step = checkpoints.latest()
             if step is None:
                 raise ValueError(f"{folder}: no checkpoint; train first, with the same --config and --workdir")
             state, _ = checkpoints.restore(step, init_state(run))
         rows, _ = evaluate_split(run, state, _SPLIT.value, step, final=True)
-    except (EventLogError, ValueError, TypeError, FileNotFoundError) as error:
+    except (EventLogError, ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(json.dumps(row) for row in rows))
 

@@ -39,6 +39,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         print(f"{workdir}: finished before ({book['status']}); nothing to do", file=sys.stderr)
         _mark_done(workdir, book)
         return book
+    book |= {"status": "running", "reason": ""}
+    record.write(workdir, book)
     started = time.time()
     run = build(config)
     state = init_state(run)
@@ -114,6 +116,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
 def _mark_done(workdir: Path, book: dict[str, Any]) -> None:
     """DONE is written last: whoever sees it knows that the record is complete."""
     (workdir / "DONE").write_text(book["status"] + "\n")
+
+
+def _mark_failed(workdir: Path, config: ml_collections.ConfigDict, error: Exception) -> None:
+    """Note the failure in the run's own record, if it has one; the same command goes on from its last checkpoint."""
+    try:
+        book = record.read(workdir)
+        if book["status"] == "running" and book["config_hash"] == record.config_hash(config.to_dict()):
+            record.write(workdir, book | {"status": "failed", "reason": one_line(error)})
+    except (OSError, ValueError):
+        pass  # no record, a broken one, or no room for it: the error that is being reported says more
 
 
 def selected(rows: list[dict[str, Any]], config: ml_collections.ConfigDict) -> int | None:
@@ -207,10 +219,14 @@ def one_line(error: Exception) -> str:
 def main(_: list[str]) -> None:
     """Command line of the module docstring; one line and a non-zero exit status on a bad config, log or workdir."""
     logging.set_verbosity(logging.WARNING)
+    workdir = Path(str(_WORKDIR.value))
     try:
-        book = train(_CONFIG.value, Path(str(_WORKDIR.value)))
-    except (EventLogError, ValueError, TypeError, OSError) as error:
-        sys.exit(one_line(error))
+        book = train(_CONFIG.value, workdir)
+    except Exception as error:
+        _mark_failed(workdir, _CONFIG.value, error)
+        if isinstance(error, (EventLogError, ValueError, TypeError, OSError)):
+            sys.exit(one_line(error))
+        raise
     for row in book["evaluations"]:
         print(
             f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}"

@@ -42,7 +42,8 @@ def test_a_run_leaves_every_field_of_the_contract(tmp_path):
     assert {row["metric"] for row in book["evaluations"]} == {"nats", "hr@10", "ndcg@10", "mrr"}
     for row in book["evaluations"]:
         assert {"step", "split", "slice", "metric", "value", "stderr", "n"} <= set(row)
-        assert row["split"] == "test" and row["n"] == 60 and math.isfinite(row["value"])
+        assert row["split"] == "test" and math.isfinite(row["value"])
+        assert row["n"] == 60 or row["slice"] != "all"
     assert (tmp_path / "run" / "DONE").read_text() == "ok\n"
 
 

@@ -5,7 +5,7 @@ a block see only the keys up to its end, so the upper triangle is never computed
 sub-blocks that are recomputed in the backward pass, so memory grows linearly with the row.
 
 Shapes: B rows, L positions, H heads, D width of a head. Positions of different users in a row never see each other
-(`segment_ids`; 0 is padding and sees nothing).
+(`segment_ids`; a user's positions are contiguous; 0 is padding and sees nothing).
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 NUM_TIME_BUCKETS = 129
-_MIN_BLOCK, _MAX_BLOCK, _MAX_UNROLLED = 48, 128, 8
+_MIN_BLOCK, _MAX_BLOCK, _MAX_UNROLLED = 64, 128, 8
 
 
 class Bias(NamedTuple):
@@ -40,14 +40,18 @@ def time_bucket(seconds: jax.Array) -> jax.Array:
 
 
 def _silu_weights(scores: jax.Array, mask: jax.Array, n: int) -> jax.Array:
-    return jnp.where(mask, jax.nn.silu(scores) / n, 0.0)
+    half = 0.5 * scores  # silu(x) = x / 2 (1 + tanh(x / 2)): on CPU a quarter faster than by the exponential
+    return jnp.where(mask, (half + half * jnp.tanh(half)) / n, 0.0)
 
 
 def _softmax_weights(scores: jax.Array, mask: jax.Array, n: int) -> jax.Array:
     del n
-    top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, scores, -1e30), axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
-    return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+    scores = jnp.where(mask, scores, -1e30)
+    top = jnp.maximum(
+        jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True), -1e20
+    )  # padding: exp(-1e30 + 1e20) = 0
+    weights = jnp.exp(scores - top)
+    return weights * (1.0 / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30))
 
 
 WEIGHTS: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
@@ -56,13 +60,20 @@ WEIGHTS: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
 }
 
 
-def _block(start, q_BLHD, k_BMHD, v_BMHD, segment_q_BL, segment_k_BM, bias: Bias, *, kind: str, n: int, scale: float):
+def _first_slot(segment_ids_BL: jax.Array) -> jax.Array:
+    """The slot where each position's user begins, [B, L]; L for padding. Keys first..i are what query i sees."""
+    slot_L = jnp.arange(segment_ids_BL.shape[1])
+    begins_BL = segment_ids_BL != jnp.pad(segment_ids_BL, ((0, 0), (1, 0)))[:, :-1]
+    first_BL = jax.lax.cummax(jnp.where(begins_BL, slot_L[None], 0), axis=1)
+    return jnp.where(segment_ids_BL > 0, first_BL, len(slot_L))
+
+
+def _block(start, q_BLHD, k_BHMD, v_BHMD, first_BL, bias: Bias, *, kind: str, n: int, scale: float):
     """Attention of the queries at slots start.. over the keys at slots 0..M - 1; the scores are float32."""
     i_L1 = (start + jnp.arange(q_BLHD.shape[1]))[:, None]
-    j_1M = jnp.arange(k_BMHD.shape[1])[None, :]
-    mask_BLM = (segment_q_BL[:, :, None] == segment_k_BM[:, None, :]) & (segment_q_BL > 0)[:, :, None]
-    mask_BLM &= (j_1M <= i_L1)[None]
-    scores = jnp.einsum("blhd,bmhd->bhlm", q_BLHD, k_BMHD, preferred_element_type=jnp.float32) * scale
+    j_1M = jnp.arange(k_BHMD.shape[2])[None, :]
+    mask_BLM = (j_1M[None] >= first_BL[:, :, None]) & (j_1M <= i_L1)[None]
+    scores = jnp.einsum("bhld,bhmd->bhlm", _heads_first(q_BLHD), k_BHMD, preferred_element_type=jnp.float32) * scale
     if bias.position is not None:
         distance_LM = jnp.maximum(j_1M - i_L1, 1 - n)  # beyond n slots only other users are found, and those are masked
         scores += bias.position[jnp.minimum(distance_LM, 0) + (n - 1)][None, None]
@@ -72,12 +83,18 @@ def _block(start, q_BLHD, k_BMHD, v_BMHD, segment_q_BL, segment_k_BM, bias: Bias
         seconds_BLM = bias.query_time_BL[:, :, None] - bias.time_BL[:, None, :]
         scores += bias.time[time_bucket(seconds_BLM)][:, None]
     weights = WEIGHTS[kind](scores, mask_BLM[:, None], n)
-    return jnp.einsum("bhlm,bmhd->blhd", weights.astype(v_BMHD.dtype), v_BMHD)
+    return _heads_first(jnp.einsum("bhlm,bhmd->bhld", weights.astype(v_BHMD.dtype), v_BHMD))
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[B, L, H, D] <-> [B, H, L, D]: the layout in which the products over pairs are plain batched matrix products."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def attention_reference(q_BLHD, k_BLHD, v_BLHD, segment_ids_BL, bias: Bias, *, kind: str, n: int, scale: float):
     """One einsum over all pairs: the definition. Arguments and result as `attention`."""
-    return _block(0, q_BLHD, k_BLHD, v_BLHD, segment_ids_BL, segment_ids_BL, bias, kind=kind, n=n, scale=scale)
+    first_BL = _first_slot(segment_ids_BL)
+    return _block(0, q_BLHD, _heads_first(k_BLHD), _heads_first(v_BLHD), first_BL, bias, kind=kind, n=n, scale=scale)
 
 
 def attention(
@@ -98,13 +115,14 @@ def attention(
     gives zeros. Source: arXiv 2402.17152 section 3 and its reference code.
     """
     length = q_BLHD.shape[1]
-    block = max(_MIN_BLOCK, math.ceil(length / _MAX_UNROLLED))
+    block = math.ceil(length / min(_MAX_UNROLLED, math.ceil(length / _MIN_BLOCK)))
+    k_BHLD, v_BHLD, first_BL = _heads_first(k_BLHD), _heads_first(v_BLHD), _first_slot(segment_ids_BL)
     outputs = []
     for start in range(0, length, block):
         stop = min(length, start + block)
-        keys = (k_BLHD[:, :stop], v_BLHD[:, :stop], segment_ids_BL[:, :stop])
+        keys = (k_BHLD[:, :, :stop], v_BHLD[:, :, :stop])
         key_times = None if bias.time_BL is None else bias.time_BL[:, :stop]
-        queries = (q_BLHD[:, start:stop], segment_ids_BL[:, start:stop])
+        queries = (q_BLHD[:, start:stop], first_BL[:, start:stop])
         if bias.query_time_BL is not None:
             queries += (bias.query_time_BL[:, start:stop],)
         tables = (bias.position, bias.time)
@@ -116,9 +134,8 @@ def attention(
 
 
 def _attend_queries(start, queries, *, keys, key_times, tables, kind, n, scale):
-    k, v, segment_k = keys
     bias = Bias(tables[0], tables[1], queries[2] if len(queries) > 2 else None, key_times)
-    return _block(start, queries[0], k, v, queries[1], segment_k, bias, kind=kind, n=n, scale=scale)
+    return _block(start, queries[0], *keys, queries[1], bias, kind=kind, n=n, scale=scale)
 
 
 def _in_sub_blocks(attend, start: int, queries: tuple[jax.Array, ...]) -> jax.Array:

@@ -40,7 +40,7 @@ class Table:
     def init(self, key: jax.Array) -> jax.Array:
         """[num_rows + 1, dim] float32, normal(0, stddev^2) cut at two sigma, row 0 zero."""
         table = truncated_normal(self.stddev)(key, (self.num_rows + 1, self.dim))
-        return table.at[0].set(0.0)
+        return jnp.where(jnp.arange(self.num_rows + 1)[:, None] > 0, table, 0.0)
 
     def slots(self, ids: jax.Array) -> jax.Array:
         """Row of each id, same shape, int32; padding (0) keeps row 0. Hashing is multiplicative on the id's 32 bits."""
@@ -59,8 +59,10 @@ def lookup(table_VD: jax.Array, slots: jax.Array) -> jax.Array:
 
 def scatter_rows(like_VD: jax.Array, slots: jax.Array, rows_grad: jax.Array) -> jax.Array:
     """The dense gradient [V, D] of a lookup; costs as much as the table: for small tables and dense optimizers."""
-    D = like_VD.shape[1]
-    return jnp.zeros_like(like_VD).at[slots.reshape(-1)].add(rows_grad.reshape(-1, D)).at[0].set(0.0)
+    # Padding is masked here and not by setting row 0 afterwards: on a sharded table the compiler (jax 0.10.2) then
+    # cleared the first row of every shard.
+    grads_ND = jnp.where(slots.reshape(-1, 1) > 0, rows_grad.reshape(-1, like_VD.shape[1]), 0.0)
+    return jnp.zeros_like(like_VD).at[slots.reshape(-1)].add(grads_ND)
 
 
 def merge_rows(slots_N: jax.Array, rows_grad_ND: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from recscale.kernels.attention import attention
-from recscale.layers.norms import LayerNorm, Linear, dropout, truncated_normal
+from recscale.layers.norms import LayerNorm, Linear, dropout, recompute, truncated_normal
 
 EPS = 1e-8
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
@@ -101,7 +101,8 @@ class Model(nnx.Module):
             block, block_key = block_and_key
             return block(c, x, batch["segment_ids"], block_key), None
 
-        x, _ = jax.lax.scan(step, x, (self.blocks, None if keys is None else keys[:-1]), unroll=2)
+        block_keys = None if keys is None else keys[:-1]
+        x, _ = jax.lax.scan(recompute(step), x, (self.blocks, block_keys))
         x = self.norm(x)
         return (x if self.down is None else self.down(x)).astype(jnp.float32)
 
