@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"path": "logs/ml-1m-sasrec", "users": 0, "events_per_user": 0})
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
-        {"batch_size": 32, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
+        {"batch_size": 8, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
     )
 
     c.model_name = "sasrec"
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
         }
     )
-    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 2e-3})
+    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 5e-3})
     c.task_name = "next_item"
     c.task = ConfigDict(
         {
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     c.optim = ConfigDict(
         {
             "schedule": "cosine",
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
             "warmup": 0,
             "b1": 0.9,
             "b2": 0.98,
@@ -64,10 +64,10 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 24.0,
+            "epochs": 20.0,
             "log_every": 50,
-            "eval_every": 412,
-            "checkpoint_every": 412,
+            "eval_every": 824,
+            "checkpoint_every": 1648,
             "select": "ndcg@10/unseen max",
             "patience": 0,
         }

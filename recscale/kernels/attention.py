@@ -135,7 +135,8 @@ def attention(
 
 def _attend_queries(start, queries, *, keys, key_times, tables, kind, n, scale):
     bias = Bias(tables[0], tables[1], queries[2] if len(queries) > 2 else None, key_times)
-    return _block(start, queries[0], *keys, queries[1], bias, kind=kind, n=n, scale=scale)
+    k_BHMD, v_BHMD = keys
+    return _block(start, queries[0], k_BHMD, v_BHMD, queries[1], bias, kind=kind, n=n, scale=scale)
 
 
 def _in_sub_blocks(attend, start: int, queries: tuple[jax.Array, ...]) -> jax.Array:

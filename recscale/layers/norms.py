@@ -46,7 +46,7 @@ def recompute(layer: Callable) -> Callable:
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] @ kernel [D, F], as one flat product: with several leading axes its gradient is twice as slow on CPU."""
+    """x [..., D] @ kernel [D, F] as one flat product: with more leading axes its gradient is twice as slow on CPU."""
     return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[1])
 
 
