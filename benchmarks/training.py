@@ -10,8 +10,9 @@ user runs: the packed loader with its prefetch, the jitted step, the metrics of 
 eagerly and compiled, with negatives of its own for every token, as public code does, or shared by a row, as ours.
 
 A real event is a supervised position; padding counts for nothing. Hidden states of both sides must agree to 1e-4 first.
-Variants take turns in one run; figures are medians over the turns after one that warms up. About 12 minutes on two
-idle cores, --quick about 4. Writes benchmarks/results/training.json.
+Variants take turns in one run; figures are medians over the turns after two steps that warm up. The machine must be
+idle: PyTorch's threads spin while they wait for each other, and beside other work two of them ran 6 times slower than
+one. About 12 minutes on two idle cores, --quick about 4. Writes benchmarks/results/training.json.
 """
 
 import argparse
@@ -279,6 +280,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # both sides; before JAX makes its threads
     if not args.torch_python:
         print("No --torch-python and no TORCH_PYTHON: PyTorch is left out, only this project is measured.")
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"Load average {load:.1f}: other work is running, so the ratios will not hold. --threads=1 suffers less.")
     results = []
     for dataset, path in logs(args):
         for model in [m for m in args.models if dataset in args.datasets]:

@@ -37,7 +37,8 @@ class Gain:
 class Fit:
     """A fitted form. Dictionaries go by parameter name; intervals are 90 %.
 
-    params, stderr (delta method), intervals (the wider of bootstrap and profile), verdicts (of the floor and exponent);
+    params, stderr (delta method), intervals (the wider of bootstrap and profile), verdicts (interval width over the
+    exponent, and for the floor over what is left above it at the largest x);
     certified and reasons; sigma_trusted is False where sigma is unknown or the points scatter far more than it says;
     n points, weighted rss, residual_sd in units of y; aicc is NaN when there are too few points (aicc_note says so);
     delta_aicc and weight are set by `compare`. draws_SP: bootstrap parameters; residual_S: the residual of a new run in
@@ -167,7 +168,11 @@ def _intervals(
             intervals[name] = min(low, intervals[name][0]), max(high, intervals[name][1])
         edges = EXPONENT_BOUNDS if name == "alpha" else (-math.inf if lower is None else lower, math.inf)
         at_bound = intervals[name][0] <= edges[0] * 1.001 or intervals[name][1] >= edges[1] * 0.999
-        verdicts[name] = verdict(params[name], intervals[name], at_bound) if certified else "not identified"
+        size = params[name]
+        if name == form.floor:  # a floor is known as well as what is left above it: 5.1 +- .1 says nothing .1 away
+            reached = form.predict(np.array([*params.values()]), np.array([data.log_x_N.max()]))
+            size = float(np.ravel(reached)[0]) - params[name]
+        verdicts[name] = verdict(size, intervals[name], at_bound) if certified else "not identified"
     return intervals, verdicts
 
 

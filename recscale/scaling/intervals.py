@@ -56,7 +56,7 @@ def bootstrap(
     """parameters_SP refitted to data drawn around the fit, and residual_S, the residual of a new run in each draw.
 
     Fewer than 20 points: normal noise, whose variance is drawn from its scaled inverse chi-square when it was estimated
-    (resampling few points would drop an end of the axis). From 20 on: the leverage-corrected residuals are resampled.
+    (resampling few points would drop an end of the axis). From 20 on: the plain residuals are resampled.
     """
     rng = np.random.default_rng(seed)
     n = len(data.y_N)
@@ -121,9 +121,9 @@ def _crossing(value_K: np.ndarray, rss_K: np.ndarray, limit: float) -> float:
     return float(value_K[last] + share * (value_K[last + 1] - value_K[last]))
 
 
-def verdict(value: float, interval: tuple[float, float], at_bound: bool) -> str:
-    """identified, weak or not identified, by the width of the interval over the value."""
-    width = (interval[1] - interval[0]) / abs(value) if value else math.inf
+def verdict(size: float, interval: tuple[float, float], at_bound: bool) -> str:
+    """identified, weak or not identified, by the width of the interval over the size of what it is about."""
+    width = (interval[1] - interval[0]) / abs(size) if size else math.inf
     if not math.isfinite(width) or width > WEAK:
         return "not identified"
     return "identified" if width <= IDENTIFIED and not at_bound else "weak"
