@@ -8,21 +8,30 @@ empty JAX compilation cache, "warm" with the one that the cold process left. Med
 Writes benchmarks/results/startup.json.
 """
 
+# ruff: noqa: E402 (the clock starts before the imports, which are part of what is measured)
 import time
 
 _BEGAN = time.time()
 
-import argparse  # noqa: E402 (the clock starts first)
-import itertools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
-MODELS = ("hstu", "sasrec")
+import jax
+
+from benchmarks.training import MODELS, save, workload
+from recscale.data import planted
+from recscale.data.event_log_writer import write
+from recscale.mesh import place_batch
+from recscale.run import build, init_state, make_train_step
+
+_IMPORTED = time.time()
 PHASES = ("interpreter", "imports", "build", "state", "first_step")
 SETTINGS = {
     "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -33,14 +42,7 @@ SETTINGS = {
 
 def child(model: str, path: str, parent_clock: float) -> None:
     """In the measured process: print the seconds of each phase as JSON."""
-    marks = [parent_clock, _BEGAN]
-    import jax
-
-    from benchmarks.training import workload
-    from recscale.mesh import place_batch
-    from recscale.run import build, init_state, make_train_step
-
-    marks.append(time.time())
+    marks = [parent_clock, _BEGAN, _IMPORTED]
     run = build(workload(model, path, length=200, batch_size=32, layout="packed"))
     batches = run.loader.iterator()
     marks.append(time.time())
@@ -71,10 +73,6 @@ def main() -> None:
     if args.child:
         child(args.child[0], args.child[1], float(args.child[2]))
         return
-    from benchmarks.training import save
-    from recscale.data import planted
-    from recscale.data.event_log_writer import write
-
     rows = []
     print(f"{'model':<8} {'cache':<6}" + "".join(f"{phase:>13}" for phase in (*PHASES, "total")))
     with tempfile.TemporaryDirectory() as folder:

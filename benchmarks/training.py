@@ -1,6 +1,6 @@
 """Training throughput in real events per second against the same models written plainly in PyTorch.
 
-    python -m benchmarks.training [--quick] [--logs=DIR] [--torch-python=PYTHON] [--threads=2] [--seconds=4]
+    python -m benchmarks.training [--quick] [--logs=DIR] [--torch-python=PYTHON] [--threads=2] [--seconds=3]
 
 HSTU (position bias only) and SASRec, 8 blocks, D 64, 2 heads, 128 negatives, dropout .2. Data: planted long-tailed
 histories (L 200), and Beauty (L 50) and ML-1M (L 200) from their prepared logs DIR/beauty and DIR/ml-1m. Ours is what a
@@ -261,16 +261,17 @@ def logs(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer, shorter turns")
+    parser.add_argument("--quick", action="store_true", help="HSTU alone, fewer and shorter turns")
     parser.add_argument("--logs", default="logs", help="folder of prepared logs: beauty and ml-1m are looked for")
     parser.add_argument("--torch-python", default=os.environ.get("TORCH_PYTHON", ""))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=0.0, help="length of a turn (4, quick 1)")
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--seconds", type=float, default=0.0, help="length of a turn (3, quick 1)")
+    parser.add_argument("--models", nargs="+", default=())
     parser.add_argument("--datasets", nargs="+", default=tuple(DATASETS))
     args = parser.parse_args()
-    args.seconds = args.seconds or (1.0 if args.quick else 4.0)
-    args.repeats = 2 if args.quick else 5
+    args.models = args.models or (MODELS[:1] if args.quick else MODELS)
+    args.seconds = args.seconds or (1.0 if args.quick else 3.0)
+    args.repeats = 2 if args.quick else 3
     return args
 
 

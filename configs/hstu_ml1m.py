@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"path": "logs/ml-1m", "users": 0, "events_per_user": 0})
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
-        {"batch_size": 16, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
+        {"batch_size": 32, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
     )
 
     c.model_name = "hstu"
@@ -67,9 +67,9 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 40.0,
+            "epochs": 50.0,
             "log_every": 50,
-            "eval_every": 824,
+            "eval_every": 412,
             "checkpoint_every": 412,
             "select": "ndcg@10/unseen max",
             "patience": 0,
