@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"path": "logs/ml-1m", "users": 0, "events_per_user": 0})
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
-        {"batch_size": 8, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
+        {"batch_size": 32, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
     )
 
     c.model_name = "sasrec"
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
         }
     )
-    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 2e-3})
+    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 1e-3})
     c.task_name = "next_item"
     c.task = ConfigDict(
         {
@@ -63,10 +63,10 @@ def get_config() -> ConfigDict:
     )
     c.train = ConfigDict(
         {
-            "epochs": 20.0,
+            "epochs": 50.0,
             "log_every": 50,
-            "eval_every": 824,
-            "checkpoint_every": 824,
+            "eval_every": 412,
+            "checkpoint_every": 412,
             "select": "ndcg@10/unseen max",
             "patience": 0,
         }
