@@ -4,7 +4,7 @@ Paper     arXiv 2402.17152 (encoder), full softmax over the 1,000 items, one pas
 Data      python -m recscale.data.prepare --dataset=planted --out=logs/planted
 Command   python -m recscale.train --config=configs/hstu_planted.py --workdir=runs/hstu_planted
 Hardware  1 CPU core, about half a minute
-Score     test nats about 0.25 above the floor of a 32-event history
+Score     with 8,000 training users 5.26 nats, 0.35 above the floor of a 32-event history
 """
 
 from ml_collections import ConfigDict
