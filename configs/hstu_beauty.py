@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.study = ""
     c.cell = ConfigDict({"name": "hstu_beauty", "axes": (), "coordinates": ConfigDict()})
 
-    c.data = ConfigDict({"path": "logs/beauty", "users": 0, "events_per_user": 0})
+    c.data = ConfigDict({"path": "logs/beauty", "users": 0, "events_per_user": 0, "num_items": 0, "num_events": 0})
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 4096})
     c.loader = ConfigDict(
         {"batch_size": 64, "length": 50, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
@@ -39,7 +39,21 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
         }
     )
-    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 1e-3})
+    c.table = ConfigDict(
+        {
+            "kind": "full",
+            "rows": 0,
+            "parts": 1,
+            "inner": 0,
+            "combine": "sum",
+            "dtype": "float32",
+            "codes": "",
+            "optimizer": "adam",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "warmup": 0,
+        }
+    )
     c.task_name = "next_item"
     c.task = ConfigDict(
         {
@@ -86,5 +100,5 @@ def get_config() -> ConfigDict:
             "top_k": 50,
         }
     )
-    c.mesh = ConfigDict({"data": 1, "model": 1})
+    c.mesh = ConfigDict({"replica": 1, "data": 1, "model": 1, "accumulate": 1, "remat": "layer"})
     return c.lock()

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.study = ""
     c.cell = ConfigDict({"name": "hstu_planted", "axes": (), "coordinates": ConfigDict()})
 
-    c.data = ConfigDict({"path": "logs/planted", "users": 0, "events_per_user": 0})
+    c.data = ConfigDict({"path": "logs/planted", "users": 0, "events_per_user": 0, "num_items": 0, "num_events": 0})
     c.split = ConfigDict({"name": "by_user", "train_users": 12_000, "eval_users": 4_000, "eval_targets": 1})
     c.loader = ConfigDict(
         {"batch_size": 4, "length": 32, "row_length": 64, "layout": "packed", "window": "all", "queries": ()}
@@ -40,7 +40,21 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
         }
     )
-    c.table = ConfigDict({"rows": 0, "optimizer": "adam", "learning_rate": 5e-3})
+    c.table = ConfigDict(
+        {
+            "kind": "full",
+            "rows": 0,
+            "parts": 1,
+            "inner": 0,
+            "combine": "sum",
+            "dtype": "float32",
+            "codes": "",
+            "optimizer": "adam",
+            "learning_rate": 5e-3,
+            "weight_decay": 0.0,
+            "warmup": 50,
+        }
+    )
     c.task_name = "next_item"
     c.task = ConfigDict(
         {
@@ -80,5 +94,5 @@ def get_config() -> ConfigDict:
             "top_k": 0,
         }
     )
-    c.mesh = ConfigDict({"data": 1, "model": 1})
+    c.mesh = ConfigDict({"replica": 1, "data": 1, "model": 1, "accumulate": 1, "remat": "layer"})
     return c.lock()

@@ -5,7 +5,8 @@ where its id is smaller. Padding (id 0) is never ranked. Two protocols, two metr
 catalogue, `hr@10/unseen` first removes every item of the user's earlier events in the log (all of them, not the
 truncated history), the target excepted. `nats` is -log p(target) under the softmax over the whole catalogue.
 
-One process evaluates everything, on one device or on a mesh with Auto axes.
+Batches of histories are shared by the devices of the mesh; queries are ranked by all of them together, each against the
+items that it holds. On several hosts every process reads the whole view, and each has all results.
 
     python -m recscale.evaluate --config=configs/hstu_ml1m.py --workdir=runs/hstu_ml1m [--split=test]
 """
@@ -31,13 +32,20 @@ from recscale.data.loading import Loader
 from recscale.data.slices import SLICES
 from recscale.data.splits import View, runs
 from recscale.layers.ranking import pack_seen, rank_catalogue
-from recscale.mesh import ROWS_OF_BATCH
+from recscale.layers.tables import Arrays, Mixers, Tables
+from recscale.mesh import BATCH, REPLICATED, place_same
 from recscale.run import Run, build, init_state
+
+
+class NonFiniteScore(ValueError):
+    """A score was NaN or infinite: the model or the tables diverged."""
 
 
 def evaluate(
     model: Any,
-    tables: Any,
+    arrays: Arrays,
+    mixers: Mixers,
+    tables: Tables,
     task: Any,
     loader: Any,
     log: EventLog,
@@ -51,15 +59,15 @@ def evaluate(
     chunk: int = 256,
     slices: Mapping[str, np.ndarray] | None = None,
     nats_only: bool = False,
-    sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Rank every target of the view; returns (rows, per_target).
 
-    task: `queries(model, tables, batch) -> [B, R, D]` and `item_vectors(tables, ids_N) -> [N, D]`, both pure.
-    loader: over this log and view, shuffle=False, with_example=True, window="last", the rows of one process.
-    chunk: targets ranked at a time (fixed: only one shape is compiled); block: items scored at a time. top_k: length of
-    the lists behind `coverage@k`, for the k of ks that are <= top_k; 0 leaves it out. nats_only: no ranking at all.
-    sharding: where the batch rows and the chunk's queries go (for example over the mesh axis "data").
+    arrays, mixers: of `tables`, as in a train state. task: `catalogue`, the name of the item table,
+    `queries(model, lookup, batch) -> [B, R, D]` and `item(vectors) -> vectors`, both pure; see tasks/next_item.py.
+    loader: over this log and view, shuffle=False, with_example=True, window="last", process_count=1 on every process;
+    its batch size a multiple of the mesh's devices. chunk: targets ranked at a time (fixed: only one shape is
+    compiled); block: items scored at a time on each device. top_k: length of the lists behind `coverage@k`, for the k
+    of ks that are <= top_k; 0 leaves it out. nats_only: no ranking at all.
 
     rows: {step, split, slice, metric, value, stderr, n}; value and stderr are None where undefined (empty slice, n = 1,
     coverage has no stderr). slices: name -> bool mask over the view's examples [N], or over all its targets [T] in the
@@ -69,23 +77,27 @@ def evaluate(
     target, and instead of ranks there are `num_targets` (repeats counted) and the bool lists `hits`, `hits_unseen`
     [n, top_k]; items among the targets are never filtered as seen.
 
-    Raises ValueError on a non-finite score, on a loader that does not deliver each example of the view exactly once or
-    whose targets are not the log's, on slices of the wrong length, on top lists too short for a window view.
+    Raises NonFiniteScore on a NaN or infinite score; ValueError on a loader that does not deliver each example of the
+    view exactly once or whose targets are not the log's, on slices of the wrong length, on top lists too short for a
+    window view.
     """
     window = view.reading == "window"
     protocols = () if nats_only else tuple(protocols)
     if window and protocols and top_k < max(ks):
         raise ValueError(f"top_k={top_k} but the view {view.name!r} is read as a window: give top_k >= {max(ks)}.")
-    rank = functools.partial(rank_catalogue, item_vectors=task.item_vectors, num_items=log.num_items, block=block,
-                             top_k=top_k, protocols=protocols)  # fmt: skip
+    how = {"tables": tables, "task": task, "block": block, "top_k": top_k, "protocols": protocols}
+    layouts = tables.catalogue_specs(task.catalogue)  # arrays of shared rows go to every device once, not at every call
+    items = {name: jax.device_put(arrays[name], NamedSharding(tables.mesh, spec)) for name, spec in layouts.items()}
+    place = functools.partial(place_same, NamedSharding(tables.mesh, REPLICATED))
+    queries = functools.partial(_queries, model, arrays, mixers, tables=tables, task=task)
     collected, waiting = [], None
-    for query_nD, example, row in _in_chunks(_targets(model, tables, task, loader, log, view, chunk, sharding), chunk):
+    for query_nD, example, row in _in_chunks(_targets(queries, tables, loader, log, view, chunk), chunk):
         seen = _seen(log, view, example, row, window) if "unseen" in protocols else None
         query_QD = np.zeros((chunk, query_nD.shape[1]), query_nD.dtype)
         query_QD[: len(row)] = query_nD
         target_Q = np.zeros(chunk, np.int32)
         target_Q[: len(row)] = log.events["item_id"][row]
-        result = rank(*jax.device_put((query_QD, target_Q), sharding), seen, tables)
+        result = rank_catalogue(*jax.tree.map(place, (query_QD, target_Q, seen)), items, mixers, **how)
         if waiting is not None:  # the host prepares this chunk while the device ranks the one before
             collected.append(_fetch(*waiting))
         waiting = (result, example, row)
@@ -98,17 +110,21 @@ def evaluate(
     return _rows(per_target, lists, masks, log.num_items, ks, {"step": step, "split": view.name}), per_target
 
 
-@functools.partial(jax.jit, static_argnames="queries")
-def _queries(model, tables, batch, *, queries):
-    hidden_BRD = queries(model, tables, batch)
+@functools.partial(jax.jit, static_argnames=("tables", "task"))
+def _queries(model, arrays, mixers, batch, *, tables, task):
+    hidden_BRD = task.queries(model, functools.partial(tables.lookup, arrays, mixers), batch)
     return hidden_BRD.reshape(-1, hidden_BRD.shape[-1]).astype(jnp.float32)
 
 
-_take = jax.jit(lambda query_TD, index_Q: query_TD[index_Q])
+@functools.partial(jax.jit, static_argnames="mesh")
+def _take(query_TD, index_Q, *, mesh):
+    """Some of the queries, on every device."""
+    return jax.lax.with_sharding_constraint(query_TD[index_Q], NamedSharding(mesh, REPLICATED))
 
 
-def _targets(model, tables, task, loader, log, view, chunk, sharding) -> Iterator[tuple[np.ndarray, ...]]:
+def _targets(queries, tables, loader, log, view, chunk) -> Iterator[tuple[np.ndarray, ...]]:
     """Per batch: the queries of its targets [n, D], their example and their row in the log."""
+    by_rows, everywhere = (NamedSharding(tables.mesh, spec) for spec in (BATCH, REPLICATED))
     for i in range(loader.steps_per_epoch):
         batch = loader[i]
         batch_row, place = np.nonzero(batch["target"])
@@ -127,13 +143,14 @@ def _targets(model, tables, task, loader, log, view, chunk, sharding) -> Iterato
                 f"view {view.name!r}: {wrong} of {len(row)} targets in batch {i} are not the log's item at that event; "
                 'make the loader from the same log and view, with window="last".'
             )
-        query_TD = _queries(model, tables, jax.device_put(batch, sharding), queries=task.queries)
+        query_TD = queries({name: place_same(by_rows, value) for name, value in batch.items()})
         flat = batch_row * example_BR.shape[1] + place
         for start in range(0, len(flat), chunk):
             index = np.zeros(chunk, np.int32)
             part = slice(start, start + chunk)
             index[: len(flat[part])] = flat[part]
-            yield np.asarray(_take(query_TD, index))[: len(flat[part])], example[part], row[part]
+            query_QD = _take(query_TD, place_same(everywhere, index), mesh=tables.mesh)
+            yield np.asarray(query_QD)[: len(flat[part])], example[part], row[part]
 
 
 def _in_chunks(parts: Iterator[tuple[np.ndarray, ...]], size: int) -> Iterator[tuple[np.ndarray, ...]]:
@@ -166,11 +183,11 @@ def _seen(log, view, example, row, window) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fetch(result: dict[str, jax.Array], example: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
-    """Bring a chunk to the host, without its filling; raises ValueError on a non-finite score."""
+    """Bring a chunk to the host, without its filling; raises NonFiniteScore."""
     values = {name: np.asarray(value)[: len(row)] for name, value in result.items()}
     bad = int((~values.pop("finite")).sum())
     if bad:
-        raise ValueError(
+        raise NonFiniteScore(
             f"{bad} of {len(row)} queries have a NaN or infinite score (first: example "
             f"{int(example[np.argmin(np.asarray(result['finite'])[: len(row)])])}): the model or the tables diverged."
         )
@@ -229,7 +246,7 @@ def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final
     """Evaluate a train state on a split of its run, as config.eval says; returns (rows, per_target) of `evaluate`.
 
     final: with the top lists behind coverage and by slice (new users, new items, length of history). Raises ValueError
-    for a split the run does not have.
+    for a split the run does not have, NonFiniteScore where the state diverged.
     """
     if split not in run.views:
         raise ValueError(f"split {split!r}: this run has {tuple(run.views)}; see split and eval in the config")
@@ -248,6 +265,8 @@ def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final
     return evaluate(
         state["model"],
         state["tables"],
+        state["mixers"],
+        run.tables,
         run.task,
         loader,
         run.log,
@@ -260,7 +279,6 @@ def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final
         top_k=c.top_k if final else 0,
         slices=_slices(run, view) if final else None,
         nats_only=not c.protocols,
-        sharding=NamedSharding(run.mesh, ROWS_OF_BATCH),
     )
 
 

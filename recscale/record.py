@@ -68,8 +68,15 @@ def new(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_writer() -> bool:
+    """Whether this process writes the files of the run: the first of all does."""
+    return jax.process_index() == 0
+
+
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Replace path/record.json atomically."""
+    """Replace path/record.json atomically; does nothing on processes other than the first."""
+    if not is_writer():
+        return
     part = path / "record.json.partial"
     part.write_text(json.dumps(record, indent=1, sort_keys=True))
     os.replace(part, path / "record.json")
@@ -89,18 +96,24 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Metrics:
-    """metrics.jsonl of a run: append rows, flushed at once; opened at a step, later rows and final ones are cut off."""
+    """metrics.jsonl of a run: append rows, flushed at once; opened at a step, later rows and final ones are cut off.
+
+    Every process keeps the rows, the first one writes them.
+    """
 
     def __init__(self, path: Path, step: int):
         self.file = path / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step and "final" not in row]
-        part = self.file.with_suffix(".partial")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(part, self.file)
         self.rows = kept
+        if is_writer():
+            part = self.file.with_suffix(".partial")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(part, self.file)
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        if not is_writer():
+            return
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -21,8 +21,10 @@ from recscale import record
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLogError
 from recscale.evaluate import evaluate_split
-from recscale.mesh import place_batch
-from recscale.run import build, costs, init_state, make_train_step, seen
+from recscale.mesh import join_processes, place_batch
+from recscale.program import abstract_state
+from recscale.run import build, collapse, costs, init_state, seen
+from recscale.step import make_train_step
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:  # noqa: C901 (one linear loop)
@@ -43,16 +45,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     record.write(workdir, book)
     started = time.time()
     run = build(config)
-    state = init_state(run)
     book |= costs(run, run.steps) | {"seen": seen(run, run.steps), "steps": run.steps}
     record.write(workdir, book)
 
     train_step = make_train_step(run)
     c = config.train
-    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints, Checkpoints(workdir / "best", keep=1) as best:
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints, Checkpoints(workdir / "best", keep=1) as best:
         start = 0
-        if (newest := checkpoints.latest()) is not None:
-            state, data = checkpoints.restore(newest, state)
+        if (newest := checkpoints.restore_newest(abstract_state(run))) is None:
+            state = init_state(run)
+        else:
+            _, state, data = newest
             start = data["next_index"]
             print(f"{workdir}: resumed at step {start}", file=sys.stderr)
         metrics = record.Metrics(workdir, start)
@@ -101,11 +104,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 rows, per_target = evaluate_split(run, state, split, chosen or step, final=True)
                 for row in rows:
                     metrics.append(row | {"final": True})
-                np.savez(workdir / f"per_target_{split}.npz", allow_pickle=False, **per_target)
+                if record.is_writer():
+                    np.savez(workdir / f"per_target_{split}.npz", allow_pickle=False, **per_target)
             book["selected_step"] = chosen or step
         book["evaluations"] = [row for row in metrics.evaluations() if "final" in row]
         book["curve"] = [row for row in metrics.evaluations() if "final" not in row]
         book |= costs(run, step) | {"seen": seen(run, step), "status": status, "reason": reason, "stopped_at": step}
+        extra_rounds, lost_rows = (int(x) for x in state["overflow"])
+        book["table"] |= {"extra_rounds": extra_rounds, "lost_rows": lost_rows}
+        if status == "ok":
+            book["table"]["information_abundance"] = collapse(run, state)
         wall = time.time() - started
         book["seconds"] = {"wall": wall, "device": wall * run.mesh.size}
         record.write(workdir, book)
@@ -115,7 +123,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
 
 def _mark_done(workdir: Path, book: dict[str, Any]) -> None:
     """DONE is written last: whoever sees it knows that the record is complete."""
-    (workdir / "DONE").write_text(book["status"] + "\n")
+    if record.is_writer():
+        (workdir / "DONE").write_text(book["status"] + "\n")
 
 
 def _mark_failed(workdir: Path, config: ml_collections.ConfigDict, error: Exception) -> None:
@@ -177,6 +186,11 @@ def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, pr
     step, values = waiting
     loss = float(values["loss"])
     finite = math.isfinite(loss)
+    if int(values["lost_rows"]):
+        raise ValueError(
+            f"step {step}: the exchange of table rows lost {int(values['lost_rows'])} rows: one device owns nearly all "
+            "ids of a batch. Use fewer devices, or a table kind that hashes the ids"
+        )
     if (log_every and step % log_every == 0) or not finite:  # JSON has no NaN
         metrics.append({"step": step, "loss": loss if finite else None, "seconds": round(progress.elapsed(), 3)})
     progress.show(step, loss)
@@ -221,6 +235,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = Path(str(_WORKDIR.value))
     try:
+        join_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         book = train(_CONFIG.value, workdir)
     except Exception as error:
         _mark_failed(workdir, _CONFIG.value, error)
@@ -248,5 +263,10 @@ if __name__ == "__main__":
         "config", None, "Config file, e.g. configs/hstu_ml1m.py", lock_config=True
     )
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; an existing one is resumed")
+    _COORDINATOR = flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0 of several; 'auto' asks the cluster (TPU pods, SLURM, Kubernetes)"
+    )
+    _PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes there are")
+    _PROCESS = flags.DEFINE_integer("process", 0, "Number of this one, from 0")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

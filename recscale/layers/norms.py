@@ -1,13 +1,11 @@
 """Norms, dropout and initialisers that several models use. Statistics are float32 whatever the input type."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-_DROPOUT = "dropout_mask"
+from recscale.mesh import DROPOUT_MASK
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -31,18 +29,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     # 16 random bits an entry: half the cost of a float draw, and a rate is met to 1/65536.
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= jnp.uint16(round(rate * 65536))
-    keep = checkpoint_name(keep, _DROPOUT)
+    keep = checkpoint_name(keep, DROPOUT_MASK)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def recompute(layer: Callable) -> Callable:
-    """Recompute a scanned layer in the backward pass and keep only its input and its dropout masks.
-
-    Memory no longer holds the scores of every layer, and on CPU a step takes half the time: there, writing and reading
-    what would be kept costs more than computing it again.
-    """
-    policy = jax.checkpoint_policies.save_only_these_names(_DROPOUT)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # a scan needs no protection from CSE
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,43 +1,54 @@
-"""Exact ranks, log-probabilities and top lists over a whole catalogue, streamed over item blocks.
+"""Exact ranks, log-probabilities and top lists over a whole catalogue, streamed over blocks of items.
 
 Order and ties: items are ordered by (score descending, id ascending), so an equal score counts before the target only
 where its id is smaller. Padding (id 0) is never ranked and never listed.
 
-Several devices: tables may be sharded over a mesh of Auto axes, and XLA places the block gather and the matmul. With
-explicit axes every score, mask and list here would have to state a layout that XLA finds by itself.
+Several devices: each sweeps the ids whose rows it holds, against all queries, and what is joined is a few numbers per
+query. Queries and results are the same on every device; no row of the table moves.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from recscale.layers.tables import Arrays, Mixers, Tables
 
 SEEN_WINDOW = 1024
 """Seen pairs marked at a time; a block that holds none of them costs nothing."""
+GROUP = 32
+"""Items in a row whose best score decides whether a list looks at them at all."""
+FEW = (4, 16, 64)
+"""Groups of a block that a list looks at, where no query has more that could enter."""
+
+PROTOCOLS = ("full", "unseen")
+Top = tuple[jax.Array, jax.Array]
+STATIC = ("tables", "task", "block", "top_k", "protocols")
 
 
-@functools.partial(jax.jit, static_argnames=("item_vectors", "num_items", "block", "top_k", "protocols"))
+@functools.partial(jax.jit, static_argnames=STATIC)
 def rank_catalogue(
     query_QD: jax.Array,
     target_Q: jax.Array,
     seen: tuple[jax.Array, jax.Array] | None,
-    tables: Any,
+    arrays: Arrays,
+    mixers: Mixers,
     *,
-    item_vectors: Callable[[Any, jax.Array], jax.Array],
-    num_items: int,
+    tables: Tables,
+    task: Any,
     block: int,
     top_k: int = 0,
-    protocols: tuple[str, ...] = ("full", "unseen"),
+    protocols: tuple[str, ...] = PROTOCOLS,
 ) -> dict[str, jax.Array]:
     """Exact rank, log-probability and top lists of Q queries over items 1..V; score = query . item vector.
 
     query_QD: [Q, D]. target_Q: int32 [Q], 0 for a row that only fills the chunk. seen: what `pack_seen` returns, needed
-    by protocol "unseen". tables: any pytree; item_vectors(tables, ids_N) -> [N, D] must be a pure function that hashes
-    (a function or a bound method, the same object at every call: it is a static argument). protocols: which rankings to
-    make; () gives log_prob alone. top_k = 0 makes no lists.
+    by protocol "unseen". task: has `catalogue`, the name of the item table, and `item`, applied to its vectors; arrays:
+    those of that table at least. block: items scored at a time on each device. protocols: which rankings to make; ()
+    gives log_prob alone. top_k = 0 makes no lists.
 
     Returns log_prob [Q] (nats, <= 0), finite [Q] (False where any score of the row is NaN or infinite: the other values
     of that row mean nothing), and per protocol `rank/NAME` int32 [Q] and `top/NAME` int32 [Q, top_k], 0 where fewer
@@ -45,85 +56,242 @@ def rank_catalogue(
 
     The catalogue is swept twice, since counting the better items needs the target's score first. That score is read out
     of the same block matmul that scores its rivals, never from a separate dot product: equal vectors tie exactly, and
-    rounding cannot rank a target behind itself. A catalogue of one block is scored once.
+    rounding cannot rank a target behind itself. A device that holds one block scores it once.
     """
-    block = min(block, num_items)
-    blocks = -(-num_items // block)
-    query_QD = query_QD.astype(jnp.float32)
+    layouts, same = tables.catalogue_specs(task.catalogue), PartitionSpec()
+    sweep = _Sweep(tables, task, block, top_k, protocols)
+    run = tables.each(sweep.run, (layouts, same, same, same, same), same)
+    own = {name: arrays[name] for name in layouts}
+    return run(own, mixers[task.catalogue], query_QD.astype(jnp.float32), target_Q, seen)
 
-    def scored(b):
-        ids_N = b * block + 1 + jnp.arange(block, dtype=jnp.int32)
-        vectors_ND = item_vectors(tables, jnp.minimum(ids_N, num_items)).astype(jnp.float32)
+
+@functools.partial(jax.jit, static_argnames=("tables", "task", "block", "top_k"))
+def top_items(
+    query_QD: jax.Array,
+    seen: tuple[jax.Array, jax.Array] | None,
+    arrays: Arrays,
+    mixers: Mixers,
+    *,
+    tables: Tables,
+    task: Any,
+    block: int,
+    top_k: int,
+) -> jax.Array:
+    """The best items of each query, int32 [Q, top_k]; seen ones left out where `seen` is given, 0 where none are left.
+
+    Arguments as in `rank_catalogue`, of which this is a part: what nobody reads is not computed, so one sweep is left.
+    """
+    name = "full" if seen is None else "unseen"
+    no_target_Q = jnp.zeros(query_QD.shape[:1], jnp.int32)
+    found = rank_catalogue(
+        query_QD, no_target_Q, seen, arrays, mixers, tables=tables, task=task, block=block, top_k=top_k,
+        protocols=(name,),
+    )  # fmt: skip
+    return found[f"top/{name}"]
+
+
+class _Block(NamedTuple):
+    """Scores [Q, g, G] of G groups of g items: ids [g, G] ascend down the columns, then from column to column.
+
+    With the groups along the last axis every reduction over a group is an elementwise one, which CPUs do fast.
+    """
+
+    ids_gG: jax.Array
+    real_gG: jax.Array
+    scores_QgG: jax.Array
+    hidden_QgG: jax.Array | None
+
+    def kept(self, protocol: str) -> jax.Array:
+        """Which items the protocol ranks, [Q or 1, g, G]."""
+        return self.real_gG[None] & ~self.hidden_QgG if protocol == "unseen" else self.real_gG[None]
+
+
+class _Sweep:
+    """What one device does: two passes over the blocks of its ids, each joined with the other devices'."""
+
+    def __init__(self, tables: Tables, task: Any, block: int, top_k: int, protocols: tuple[str, ...]):
+        self.tables, self.task, self.top_k, self.protocols = tables, task, top_k, protocols
+        self.spread = tables.shards(task.catalogue) > 1
+        count = tables.local_count(task.catalogue)
+        block = min(block, count)
+        self.group = GROUP if block >= 2 * GROUP * max(top_k, 8) else 1  # few groups leave nothing to pass over
+        self.block = -(-block // self.group) * self.group
+        self.starts = range(0, count, self.block)
+
+    def run(self, arrays, mixer, query_QD, target_Q, seen):
+        """The results of `rank_catalogue`, the same on every device."""
+        scored = functools.partial(self.scored, arrays, mixer, query_QD, target_Q, seen)
+        only = scored(0) if len(self.starts) == 1 else None
+
+        def sweep(step, carry):
+            if only is not None:
+                return step(carry, only)
+            starts = jnp.asarray(self.starts, jnp.int32)
+            return jax.lax.scan(lambda c, start: (step(c, scored(start)), None), carry, starts)[0]
+
+        zero_Q = jnp.zeros(target_Q.shape, jnp.float32)
+        Q, lists = len(target_Q), self.protocols if self.top_k else ()
+        empty = (jnp.full((Q, self.top_k), -jnp.inf), jnp.zeros((Q, self.top_k), jnp.int32))
+        start = {"target": zero_Q, "finite": zero_Q == 0, "high": zero_Q - jnp.inf, "mass": zero_Q}
+        start["top"] = {name: empty for name in lists}
+        found = self.join(sweep(functools.partial(self.first, target_Q), start))
+        out = {"finite": found["finite"], "log_prob": found["target"] - found["high"] - jnp.log(found["mass"])}
+        out |= {f"top/{name}": ids_QK for name, (_, ids_QK) in found["top"].items()}
+        if self.protocols:
+            count = functools.partial(self.second, target_Q, found["target"])
+            before = sweep(count, {name: jnp.zeros_like(target_Q) for name in self.protocols})
+            before = jax.lax.psum(before, self.tables.axes) if self.spread else before
+            out |= {f"rank/{name}": 1 + count_Q for name, count_Q in before.items()}
+        return out
+
+    def scored(self, arrays, mixer, query_QD, target_Q, seen, start) -> _Block:
+        """The block that begins with the device's id number `start`."""
+        spec = self.tables.specs[self.task.catalogue]
+        items = self.tables.local_items(self.task.catalogue, arrays, start, self.block)
+        ids_gG = items.ids.reshape(-1, self.group).T
+        vectors_ND = self.task.item(spec.compose(items.rows, mixer)).astype(jnp.float32)
+        vectors_ND = vectors_ND.reshape(-1, self.group, spec.dim).swapaxes(0, 1).reshape(-1, spec.dim)
+        # Both passes keep the same matmul of the same vectors, fused with nothing.
+        vectors_ND = jax.lax.optimization_barrier(vectors_ND)
         scores_QN = jnp.einsum("QD,ND->QN", query_QD, vectors_ND, precision=jax.lax.Precision.HIGHEST)
-        scores_QN = jax.lax.optimization_barrier(scores_QN)  # both sweeps keep the same, unfused matmul
-        real_QN = jnp.broadcast_to(ids_N <= num_items, scores_QN.shape)
-        hidden_QN = _hidden(b * block + 1, block, target_Q, seen) if "unseen" in protocols else None
-        kept = {"full": real_QN, "unseen": real_QN if hidden_QN is None else real_QN & ~hidden_QN}
-        return ids_N, scores_QN, real_QN, {name: kept[name] for name in protocols}
+        scores_QgG = jax.lax.optimization_barrier(scores_QN).reshape(-1, *ids_gG.shape)
+        hidden_QgG = None
+        if "unseen" in self.protocols:
+            hidden_QgG = _hidden(items.ids, self.group, target_Q, seen).reshape(scores_QgG.shape)
+        return _Block(ids_gG, (ids_gG > 0) & (ids_gG <= spec.num_ids), scores_QgG, hidden_QgG)
 
-    only = scored(0) if blocks == 1 else None
-
-    def sweep(step, carry):
-        if only is not None:
-            return step(carry, only)
-        return jax.lax.scan(lambda c, b: (step(c, scored(b)), None), carry, jnp.arange(blocks, dtype=jnp.int32))[0]
-
-    def first(carry, part):
-        ids_N, scores_QN, real_QN, kept = part
-        is_target_QN = ids_N[None] == target_Q[:, None]
-        masked_QN = jnp.where(real_QN, scores_QN, -jnp.inf)
-        high_Q = jnp.maximum(carry["high"], masked_QN.max(axis=1))
-        mass_Q = jnp.exp(masked_QN - high_Q[:, None]).sum(axis=1)
+    def first(self, target_Q, carry, part: _Block):
+        """Target's score, log-sum-exp and top lists."""
+        scores_QgG, real = part.scores_QgG, part.real_gG[None]
+        is_target = real & (part.ids_gG[None] == target_Q[:, None, None])
+        masked_QgG = jnp.where(real, scores_QgG, -jnp.inf)
+        high_Q = jnp.maximum(carry["high"], masked_QgG.max(axis=1).max(axis=1))
+        shift_Q = jnp.where(high_Q > -jnp.inf, high_Q, 0.0)  # until a first real item has come
+        mass_Q = jnp.exp(masked_QgG - shift_Q[:, None, None]).sum(axis=(1, 2))
         return {
-            "target": carry["target"] + jnp.where(is_target_QN, scores_QN, 0.0).sum(axis=1),
-            "finite": carry["finite"] & (jnp.isfinite(scores_QN) | ~real_QN).all(axis=1),
+            "target": carry["target"] + jnp.where(is_target, scores_QgG, 0.0).sum(axis=(1, 2)),
+            "finite": carry["finite"] & (jnp.isfinite(scores_QgG) | ~real).all(axis=(1, 2)),
             "high": high_Q,
-            "mass": carry["mass"] * jnp.exp(carry["high"] - high_Q) + mass_Q,
-            "top": {name: _merge(carry["top"][name], ids_N, scores_QN, kept[name], top_k) for name in carry["top"]},
+            "mass": carry["mass"] * jnp.exp(carry["high"] - shift_Q) + mass_Q,
+            "top": {name: _extend(top, part, name) for name, top in carry["top"].items()},
         }
 
-    zero_Q = jnp.zeros(target_Q.shape, jnp.float32)
-    empty = (jnp.full((len(target_Q), top_k), -jnp.inf), jnp.zeros((len(target_Q), top_k), jnp.int32))
-    lists = {name: empty for name in protocols if top_k}
-    start = {"target": zero_Q, "finite": zero_Q == 0, "high": zero_Q - jnp.inf, "mass": zero_Q, "top": lists}
-    seen_first = sweep(first, start)
+    def second(self, target_Q, own_Q, before, part: _Block):
+        """Items ranked before the target."""
+        own, target, ids = own_Q[:, None, None], target_Q[:, None, None], part.ids_gG[None]
+        wins = jnp.where(ids < target, part.scores_QgG >= own, part.scores_QgG > own) & (ids != target)
+        more = {name: jnp.where(wins & part.kept(name), 1.0, 0.0).sum(axis=(1, 2)) for name in before}
+        return {name: before[name] + more[name].astype(jnp.int32) for name in before}
 
-    def second(before, part):
-        ids_N, scores_QN, _, kept = part
-        own_Q1, target_Q1 = seen_first["target"][:, None], target_Q[:, None]
-        wins_QN = (scores_QN > own_Q1) | ((scores_QN == own_Q1) & (ids_N[None] < target_Q1))
-        wins_QN &= ids_N[None] != target_Q1
-        return {name: before[name] + (wins_QN & kept[name]).sum(axis=1, dtype=jnp.int32) for name in before}
+    def join(self, found):
+        """What all devices found; where they hold the same items, each has it all already."""
+        if not self.spread:
+            return found
+        axes = self.tables.axes
+        high_Q = jax.lax.pmax(found["high"], axes)
+        return {
+            "target": jax.lax.psum(found["target"], axes),
+            "finite": jax.lax.pmin(found["finite"].astype(jnp.int32), axes) > 0,
+            "high": high_Q,
+            "mass": jax.lax.psum(found["mass"] * jnp.exp(found["high"] - high_Q), axes),
+            "top": {name: self._merged(top) for name, top in found["top"].items()},
+        }
 
-    before = sweep(second, {name: jnp.zeros_like(target_Q) for name in protocols}) if protocols else {}
-    out = {f"rank/{name}": 1 + count for name, count in before.items()}
-    out |= {f"top/{name}": ids_QK for name, (_, ids_QK) in seen_first["top"].items()}
-    log_prob = seen_first["target"] - seen_first["high"] - jnp.log(seen_first["mass"])
-    return out | {"log_prob": log_prob, "finite": seen_first["finite"]}
-
-
-def _merge(top, ids_N, scores_QN, kept_QN, top_k):
-    """Running top list: earlier blocks have the smaller ids, and top_k keeps the earlier of two equal values."""
-    values, places = jax.lax.top_k(jnp.where(kept_QN, scores_QN, -jnp.inf), min(top_k, len(ids_N)))
-    values = jnp.concatenate([top[0], values], axis=1)
-    ids = jnp.concatenate([top[1], ids_N[places]], axis=1)
-    values, places = jax.lax.top_k(values, top_k)
-    return values, jnp.where(values > -jnp.inf, jnp.take_along_axis(ids, places, axis=1), 0)
+    def _merged(self, top: Top) -> Top:
+        """The first top_k of all devices' lists by (score descending, id ascending)."""
+        values, ids = (jax.lax.all_gather(x, self.tables.axes, axis=1, tiled=True) for x in top)
+        falling, ids = jax.lax.sort((-values, ids), dimension=1, num_keys=2)
+        return -falling[:, : self.top_k], ids[:, : self.top_k]
 
 
-def _hidden(first_id, block, target_Q, seen):
-    """Bool [Q, block]: items first_id.. that the query's user has seen, its own target excepted."""
+def _extend(top: Top, part: _Block, protocol: str) -> Top:
+    """The running lists with a further block, all of whose ids are larger than those listed.
+
+    Only a score above the last one listed can enter: an equal one has the larger id. Groups whose best score is not
+    above it are passed over, and the fewer are left, the shorter are the lists that must be ordered.
+
+    Of more than K groups, the K first by (best score descending, place ascending) suffice. Suppose an item of another
+    group belonged to the list: each of those K groups holds an item with a higher score, or with an equal score and a
+    smaller id (it lies in an earlier group, and groups are ranges of ids), so K items come before it.
+    """
+    K, G = top[0].shape[1], part.ids_gG.shape[1]
+    best_QG = _unsigned_zero(jnp.where(part.kept(protocol), part.scores_QgG, -jnp.inf).max(axis=1))
+    above_QG = best_QG > top[0][:, -1:]
+    sizes = [*(few for few in FEW if few < min(K, G)), min(K, G)]
+
+    def grow(size):
+        if size == G:
+            place_QC = jnp.broadcast_to(jnp.arange(G), best_QG.shape)
+        elif size == K:
+            place_QC = jax.lax.sort(jax.lax.top_k(best_QG, K)[1], dimension=1)
+        else:  # all that are above, in their order; then places beyond the last
+            countdown_G = jnp.arange(G, 0, -1, dtype=jnp.float32)
+            place_QC = G - jax.lax.top_k(jnp.where(above_QG, countdown_G[None], 0.0), size)[0].astype(jnp.int32)
+        return lambda: _insert(top, *_members(part, protocol, place_QC), size)
+
+    most = jnp.where(above_QG, 1.0, 0.0).sum(axis=1).max()
+    branch = jnp.where(most > 0, 1 + sum((most > size).astype(jnp.int32) for size in sizes[:-1]), 0)
+    return jax.lax.switch(branch, [lambda: top, *map(grow, sizes)])
+
+
+def _members(part: _Block, protocol: str, place_QC: jax.Array) -> Top:
+    """Scores and ids [Q, C * g] of the groups at these places, group after group; -inf for what is not ranked."""
+    g, G = part.ids_gG.shape
+    member_QCg = place_QC[:, :, None] + G * jnp.arange(g)[None, None]
+    inside = jnp.broadcast_to(place_QC[:, :, None] < G, member_QCg.shape).reshape(len(place_QC), -1)
+    member = jnp.minimum(member_QCg, g * G - 1).reshape(len(place_QC), -1)
+
+    def take(x):
+        return jnp.take_along_axis(x.reshape(len(place_QC), -1), member, axis=1)
+
+    kept = inside & part.real_gG.reshape(-1)[member]
+    if protocol == "unseen":
+        kept &= ~take(part.hidden_QgG)
+    return jnp.where(kept, _unsigned_zero(take(part.scores_QgG)), -jnp.inf), part.ids_gG.reshape(-1)[member]
+
+
+def _insert(top: Top, values_QN: jax.Array, ids_QN: jax.Array, few: int) -> Top:
+    """Candidates in ascending order of id, all larger than the ids listed: top_k keeps the earlier of equal values."""
+    values_QN = jnp.where(values_QN > top[0][:, -1:], values_QN, -jnp.inf)
+    K, N = top[0].shape[1], values_QN.shape[1]
+
+    def cut(size):
+        values, place = jax.lax.top_k(values_QN, size)
+        values = jnp.concatenate([top[0], values], axis=1)
+        ids = jnp.concatenate([top[1], jnp.take_along_axis(ids_QN, place, axis=1)], axis=1)
+        values, place = jax.lax.top_k(values, K)
+        return values, jnp.where(values > -jnp.inf, jnp.take_along_axis(ids, place, axis=1), 0)
+
+    if min(few, N) == min(K, N):
+        return cut(min(K, N))
+    entering = jnp.where(values_QN > -jnp.inf, 1.0, 0.0).sum(axis=1).max()
+    return jax.lax.cond(entering <= few, lambda: cut(min(few, N)), lambda: cut(min(K, N)))
+
+
+def _unsigned_zero(x: jax.Array) -> jax.Array:
+    """0 for -0: they are equal scores, but not to every sort."""
+    return jnp.where(x == 0, 0.0, x)
+
+
+def _hidden(ids_N, group, target_Q, seen):
+    """Bool [Q, N] in the order of a block's columns: the items that the query's user has seen, its target excepted."""
     row_P, item_P = seen
-    low, high = jnp.searchsorted(item_P, jnp.stack([first_id, first_id + block]))
+    N = len(ids_N)
+    ids_N = jnp.where(ids_N > 0, ids_N, jnp.where(jnp.arange(N) > 0, jnp.iinfo(jnp.int32).max, 0))  # spare places
+    first, last = ids_N[0], jnp.where(ids_N < jnp.iinfo(jnp.int32).max, ids_N, 0).max()
+    low = jnp.searchsorted(item_P, jnp.maximum(first, 1))
+    high = jnp.searchsorted(item_P, last, side="right")
 
     def mark(i, hidden_QN):  # a slice that would pass the end is moved back by JAX: marking twice does no harm
         row = jax.lax.dynamic_slice(row_P, (low + i * SEEN_WINDOW,), (SEEN_WINDOW,))
         item = jax.lax.dynamic_slice(item_P, (low + i * SEEN_WINDOW,), (SEEN_WINDOW,))
-        here = (item >= first_id) & (item < first_id + block) & (item != target_Q[row])
-        return hidden_QN.at[row, jnp.where(here, item - first_id, block)].set(True, mode="drop")
+        place = jnp.minimum(jnp.searchsorted(ids_N, item), N - 1)
+        here = (ids_N[place] == item) & (item > 0) & (item != target_Q[row])
+        column = place % group * (N // group) + place // group
+        return hidden_QN.at[row, jnp.where(here, column, N)].set(True, mode="drop")
 
-    windows = (high - low + SEEN_WINDOW - 1) // SEEN_WINDOW
-    return jax.lax.fori_loop(0, windows, mark, jnp.zeros((len(target_Q), block), bool))
+    windows = jnp.maximum(high - low + SEEN_WINDOW - 1, 0) // SEEN_WINDOW
+    return jax.lax.fori_loop(0, windows, mark, jnp.zeros((len(target_Q), N), bool))
 
 
 def pack_seen(row: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

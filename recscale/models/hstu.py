@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from recscale.kernels.attention import NUM_TIME_BUCKETS, Bias, attention
-from recscale.layers.norms import dropout, layer_norm, matmul, recompute
+from recscale.layers.norms import dropout, layer_norm, matmul
+from recscale.mesh import recompute
 
 EPS = 1e-6
 QUERY_TIMES = ("next_event", "last_event")
@@ -111,10 +112,13 @@ class Model(nnx.Module):
         self.up = nnx.Param(glorot(keys[2], (c.embed_dim, c.width))) if joined else None
         self.down = nnx.Param(glorot(keys[3], (c.width, c.embed_dim))) if joined else None
 
-    def __call__(self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None, wrap=recompute
+    ) -> jax.Array:
         """Hidden states of the packed rows `batch` (segment_ids, positions and, for the time bias, times).
 
-        key: dropout; None evaluates. Padding positions hold unspecified values.
+        key: dropout; None evaluates. wrap: put around the body of the scan over layers (see recscale/mesh.py).
+        Padding positions hold unspecified values.
         """
         c = self.config
         keys = None if key is None else jax.random.split(key, c.depth + 1)
@@ -129,7 +133,7 @@ class Model(nnx.Module):
             return layer(c, x, batch, layer_key), None
 
         layer_keys = None if keys is None else keys[:-1]
-        x, _ = jax.lax.scan(recompute(step), x, (self.layers, layer_keys))
+        x, _ = jax.lax.scan(wrap(step), x, (self.layers, layer_keys))
         if self.down is not None:
             x = matmul(x, self.down[...])
         return x.astype(jnp.float32)

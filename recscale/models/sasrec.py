@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from recscale.kernels.attention import attention
-from recscale.layers.norms import LayerNorm, Linear, dropout, recompute, truncated_normal
+from recscale.layers.norms import LayerNorm, Linear, dropout, truncated_normal
+from recscale.mesh import recompute
 
 EPS = 1e-8
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
@@ -88,8 +89,13 @@ class Model(nnx.Module):
         self.up = Linear(c.embed_dim, c.width, xavier, keys[2], bias=False) if joined else None
         self.down = Linear(c.width, c.embed_dim, xavier, keys[3], bias=False) if joined else None
 
-    def __call__(self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
-        """Hidden states of the packed rows `batch` (segment_ids, positions); key: dropout, None evaluates."""
+    def __call__(
+        self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None, wrap=recompute
+    ) -> jax.Array:
+        """Hidden states of the packed rows `batch` (segment_ids, positions); key: dropout, None evaluates.
+
+        wrap: put around the body of the scan over blocks (see recscale/mesh.py).
+        """
         c = self.config
         x = x_BLD * c.embed_dim**0.5 + self.positions[...].at[batch["positions"]].get(mode="clip")
         keys = None if key is None else jax.random.split(key, c.depth + 1)
@@ -102,7 +108,7 @@ class Model(nnx.Module):
             return block(c, x, batch["segment_ids"], block_key), None
 
         block_keys = None if keys is None else keys[:-1]
-        x, _ = jax.lax.scan(recompute(step), x, (self.blocks, block_keys))
+        x, _ = jax.lax.scan(wrap(step), x, (self.blocks, block_keys))
         x = self.norm(x)
         return (x if self.down is None else self.down(x)).astype(jnp.float32)
 

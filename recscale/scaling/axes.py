@@ -20,8 +20,19 @@ def _changed(base: ConfigDict, coordinate: str, value: int) -> ConfigDict:
 def table_rows(base: ConfigDict, rows: int) -> ConfigDict:
     """Table axis: rows of the item table; fewer rows than items are shared by hashing (0: a row per item)."""
     config = _changed(base, "table_rows", rows)
-    config.table.rows = rows
+    config.table.update({"kind": "hashed" if rows else "full", "rows": rows, "parts": 1})
     return config
+
+
+def table_kind(
+    base: ConfigDict, kind: str, rows: int = 0, parts: int = 1, inner: int = 0, combine: str = "sum"
+) -> ConfigDict:
+    """Table axis: how an id becomes a vector (recscale/layers/kinds.py) and the sizes of that kind."""
+    config = base.copy_and_resolve_references().unlock()
+    sizes = {"kind": kind, "rows": rows, "parts": parts, "inner": inner, "combine": combine}
+    config.table.update(sizes)
+    config.cell.coordinates.update(sizes)
+    return config.lock()
 
 
 def table_dim(base: ConfigDict, dim: int) -> ConfigDict:
@@ -86,7 +97,7 @@ def encoder_depth(base: ConfigDict, depth: int) -> ConfigDict:
 
 
 AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
-    "table": {"rows": table_rows, "dim": table_dim},
+    "table": {"rows": table_rows, "dim": table_dim, "kind": table_kind},
     "data": {"users": data_users, "events": data_events},
     "context": {"history": context_history, "features": context_features},
     "encoder": {"width": encoder_width, "depth": encoder_depth},

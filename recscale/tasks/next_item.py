@@ -1,16 +1,16 @@
 """Next item: full and sampled softmax, BCE and gBCE over the user's next event.
 
-Names: s+ is the score of the true next item, s- of a negative. `ids` says which rows a step touches; `loss` sees only
-those rows. Sources: sampled softmax with cosine scores arXiv 2402.17152; gBCE arXiv 2308.07192; the corrected logQ loss
-arXiv 2507.09331.
+Names: s+ is the score of the true next item, s- of a negative. `draw` adds the negatives to a batch, `wanted` says
+which ids a step touches; `loss` sees only their vectors. Sources: sampled softmax with cosine scores arXiv 2402.17152;
+gBCE arXiv 2308.07192; the corrected logQ loss arXiv 2507.09331.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from recscale.layers.embedding import Table, lookup
 from recscale.layers.norms import l2_normalize
 
 MASKED = -5e4  # score of a negative that equals the target, as in the HSTU reference
@@ -51,11 +51,6 @@ class Config:
             raise ValueError(f"task.temperature = {self.temperature}: expected a positive number")
 
 
-def full_softmax(positive_BL, scores_BLV):
-    """Cross-entropy over the whole catalogue, in nats."""
-    return jax.nn.logsumexp(scores_BLV, axis=-1) - positive_BL
-
-
 def sampled_softmax(positive_BL, negative_BLN):
     """Cross-entropy over the target and its negatives; masked negatives carry a very low score."""
     return jnp.logaddexp(positive_BL, jax.nn.logsumexp(negative_BLN, axis=-1)) - positive_BL
@@ -88,82 +83,94 @@ LOSSES = ("full", "sampled", "bce", "gbce")
 
 
 class Task:
-    """The task: which rows a step needs, its loss, and how it scores the catalogue."""
+    """The task: which ids a step needs, its loss, and how it scores the catalogue."""
 
-    def __init__(self, config: Config, tables: dict[str, Table], contexts: tuple[str, ...] = ()):
-        """tables: specs; "item" is the catalogue, each name of `contexts` a small table of a query-context column."""
+    catalogue = "item"  # the table whose ids are ranked
+
+    def __init__(self, config: Config, num_items: int, contexts: tuple[str, ...] = ()):
+        """contexts: names of query-context columns, each with a small table of that name."""
         self.config = config
-        self.tables = tables
         self.contexts = contexts
-        self.num_items = tables["item"].num_ids
-
-    def ids(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, tuple[str, jax.Array]]:
-        """What a step touches: name -> (table, slots)."""
-        item = self.tables["item"]
-        touched = {"history": ("item", item.slots(batch["item_id"]))}
-        for name in self.contexts:
-            touched[name] = (name, batch[name])
-        if self.config.loss == "full":
-            touched["catalogue"] = ("item", item.slots(jnp.arange(1, self.num_items + 1)))
-        else:
-            touched["target"] = ("item", item.slots(batch["target"]))
-            negatives = self.negatives(batch, key)
-            touched["negative"] = ("item", item.slots(negatives))
-            if self.needs_frequency:
-                touched["target_frequency"] = (FREQUENCY, batch["target"])
-                touched["negative_frequency"] = (FREQUENCY, negatives)
-        return touched
+        self.num_items = num_items
 
     @property
     def needs_frequency(self) -> bool:
         """Whether the tables must hold FREQUENCY: [V + 1, 1], each item's share of the training events."""
         return self.config.logq != "none" and self.config.sampler != "uniform"
 
-    def negatives(self, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        """Item ids of the negatives: [B, L, N], [B, N] or [N] by `shared`; the same for the same key."""
+    @property
+    def needs_catalogue(self) -> bool:
+        """Whether the loss scores every item of the catalogue."""
+        return self.config.loss == "full"
+
+    def draw(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """The batch with `negative`, item ids [B, L, N], [B, N] or [N] by `shared`; the same for the same key."""
         c = self.config
+        if c.loss == "full":
+            return batch
         B, L = batch["target"].shape
         shape = {"token": (B, L, c.negatives), "row": (B, c.negatives), "batch": (c.negatives,)}[c.shared]
         uniform_key, batch_key = jax.random.split(key)
         uniform = jax.random.randint(uniform_key, shape, 1, self.num_items + 1)
         share = SAMPLERS[c.sampler]
         if share == 1.0:
-            return uniform
+            return batch | {"negative": uniform}
         target = batch["target"].reshape(-1)
         order = jnp.argsort(target == 0, stable=True)  # targets first, padding after them
         count = jnp.maximum((target > 0).sum(), 1)
         drawn = target[order][jnp.floor(jax.random.uniform(batch_key, shape) * count).astype(jnp.int32)]
-        if share == 0.0:
-            return drawn
-        return jnp.where(jnp.arange(c.negatives) < round(share * c.negatives), uniform, drawn)
+        if share > 0.0:
+            drawn = jnp.where(jnp.arange(c.negatives) < round(share * c.negatives), uniform, drawn)
+        return batch | {"negative": drawn}
 
-    def loss(self, model, rows: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array):
+    def wanted(self, batch: dict[str, jax.Array]) -> dict[str, tuple[str, jax.Array]]:
+        """What a step touches: name -> (table, ids); batch as `draw` returns it."""
+        ids = {"history": (self.catalogue, batch["item_id"])} | {name: (name, batch[name]) for name in self.contexts}
+        if self.config.loss == "full":
+            return ids
+        ids |= {"target": (self.catalogue, batch["target"]), "negative": (self.catalogue, batch["negative"])}
+        if self.needs_frequency:
+            ids["target_frequency"] = (FREQUENCY, batch["target"])
+            ids["negative_frequency"] = (FREQUENCY, batch["negative"])
+        return ids
+
+    def loss(
+        self,
+        model,
+        rows: dict[str, jax.Array],
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        full_softmax: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    ):
         """Mean loss over the supervised positions, in nats for the softmax losses, and {"loss", "targets"}.
 
-        rows: the rows of `ids`, same names. key: the one given to `ids`; dropout uses a key derived from it.
+        rows: vectors of what `wanted` names, same names. key: dropout. full_softmax: (queries [T, D], target ids [T],
+        0 = none) -> -log p [T] over the catalogue; needed by loss "full".
         """
-        query_BLD = self._query(model, rows, batch, jax.random.fold_in(key, 1))
+        query_BLD = self._query(model, rows, batch, key)
         weight_BL = (batch["target"] > 0).astype(jnp.float32)
         if self.config.loss == "full":
-            scores = jnp.einsum("bld,vd->blv", query_BLD, self._item(rows["catalogue"]))
-            chosen = jnp.maximum(batch["target"] - 1, 0)[:, :, None]
-            positive = jnp.take_along_axis(scores, chosen, axis=-1)[:, :, 0]
-            loss_BL = full_softmax(positive, scores)
+            assert full_softmax is not None
+            flat = query_BLD.reshape(-1, query_BLD.shape[-1])
+            loss_BL = full_softmax(flat, batch["target"].reshape(-1)).reshape(weight_BL.shape)
         else:
-            loss_BL = self._sampled(query_BLD, rows, batch, key)
+            loss_BL = self._sampled(query_BLD, rows, batch)
         targets = weight_BL.sum()
         loss = (weight_BL * loss_BL).sum() / jnp.maximum(targets, 1.0)
         return loss, {"loss": loss, "targets": targets}
 
-    def queries(self, model, tables: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
-        """[B, L, D]: score of item v at a position = <query, item_vectors(v)>; no dropout."""
-        rows = {"history": lookup(tables["item"], self.tables["item"].slots(batch["item_id"]))}
-        rows |= {name: lookup(tables[name], batch[name]) for name in self.contexts}
+    def queries(self, model, lookup: Callable[[str, jax.Array], jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
+        """[B, L, D]: score of item v at a position = <query, item(vector of v)>; no dropout.
+
+        lookup: (table, ids) -> vectors.
+        """
+        rows = {"history": lookup(self.catalogue, batch["item_id"])}
+        rows |= {name: lookup(name, batch[name]) for name in self.contexts}
         return self._query(model, rows, batch, None)
 
-    def item_vectors(self, tables: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
-        """[n] item ids -> [n, D] vectors to score against."""
-        return self._item(lookup(tables["item"], self.tables["item"].slots(ids)))
+    def item(self, vectors: jax.Array) -> jax.Array:
+        """Vectors [..., D] of the item table, as they are scored against."""
+        return l2_normalize(vectors) if self.config.similarity == "cosine" else vectors
 
     def _query(self, model, rows, batch, key):
         x = rows["history"]
@@ -173,15 +180,12 @@ class Task:
         query = l2_normalize(query) if self.config.similarity == "cosine" else query
         return query / self.config.temperature
 
-    def _item(self, rows):
-        return l2_normalize(rows) if self.config.similarity == "cosine" else rows
-
-    def _sampled(self, query_BLD, rows, batch, key):
+    def _sampled(self, query_BLD, rows, batch):
         c = self.config
-        positive = jnp.einsum("bld,bld->bl", query_BLD, self._item(rows["target"]))
+        positive = jnp.einsum("bld,bld->bl", query_BLD, self.item(rows["target"]))
         pattern = {"token": "bld,blnd->bln", "row": "bld,bnd->bln", "batch": "bld,nd->bln"}[c.shared]
-        negative = jnp.einsum(pattern, query_BLD, self._item(rows["negative"]))
-        ids = self.negatives(batch, key)
+        negative = jnp.einsum(pattern, query_BLD, self.item(rows["negative"]))
+        ids = batch["negative"]
         ids = {"token": ids, "row": ids[:, None] if ids.ndim == 2 else ids, "batch": ids.reshape(1, 1, -1)}[c.shared]
         valid = ids != batch["target"][:, :, None]
         if c.loss in ("bce", "gbce"):

@@ -1,0 +1,218 @@
+"""What a config computes, without its data: model, tables, task, optimizers, and the shape and layout of the state."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from recscale import optim
+from recscale.layers.embedding import RowRule
+from recscale.layers.kinds import Table
+from recscale.layers.tables import Tables
+from recscale.mesh import BATCH, REPLICATED, dense_shardings, make_mesh
+from recscale.models import MODELS
+from recscale.tasks import TASKS
+from recscale.tasks.next_item import FREQUENCY, Task
+
+# Streams of randomness: everything a run draws is fold_in(seed, stream), then a step or a table.
+MODEL_STREAM, TABLE_STREAM, STEP_STREAM = 0, 1, 2
+
+
+WINDOWS = ("last", "random", "all")
+TOP_LEVEL = ("seed", "study", "model_name", "model", "task_name", "task", "split")
+SECTIONS = {
+    "cell": ("name", "axes", "coordinates"),
+    "data": ("path", "users", "events_per_user", "num_items", "num_events"),
+    "loader": ("batch_size", "length", "row_length", "layout", "window", "queries"),
+    "table": (
+        *("kind", "rows", "parts", "inner", "combine", "dtype", "codes"),
+        *("optimizer", "learning_rate", "weight_decay", "warmup"),
+    ),
+    "optim": ("schedule", "learning_rate", "warmup", "b1", "b2", "weight_decay", "clip"),
+    "train": ("epochs", "log_every", "eval_every", "checkpoint_every", "select", "patience"),
+    "eval": ("during", "final", "batch_size", "ks", "protocols", "block", "chunk", "top_k"),
+    "mesh": ("replica", "data", "model", "accumulate", "remat"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a config computes, without its data. The state is not here: init_state makes it, and it is passed along."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    model: ModuleType
+    model_config: Any
+    tables: Tables
+    task: Task
+    steps: int
+    learning_rate: optax.Schedule
+    table_learning_rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+
+def program(
+    config: ml_collections.ConfigDict,
+    num_items: int,
+    cardinalities: Mapping[str, int],
+    steps: int,
+    devices: Any = None,
+) -> Program:
+    """The part of a run that needs no data. cardinalities: of the query-context columns; devices: as for make_mesh."""
+    check_config(config)
+    c, t = config.optim, config.table
+    mesh = make_mesh(config.mesh.replica, config.mesh.data, config.mesh.model, devices)
+    contexts = tuple(config.loader.queries)
+    objective = TASKS[config.task_name]
+    task = objective.Task(objective.Config(**config.task), num_items, contexts)
+    dim = config.model.embed_dim
+    shape = {key: t[key] for key in ("kind", "rows", "parts", "inner", "combine", "dtype")}
+    specs = {task.catalogue: Table(num_items, dim, **shape)}
+    specs |= {name: Table(cardinalities[name] - 1, dim) for name in contexts}
+    if task.needs_frequency:
+        specs[FREQUENCY] = Table(num_items, 1, fixed=True)
+    model = MODELS[config.model_name]
+    model_config = model.Config(**config.model)
+    if config.loader.length > model_config.max_length:
+        raise ValueError(
+            f"loader.length = {config.loader.length} is beyond model.max_length = {model_config.max_length}"
+        )
+    learning_rate = optim.schedule(c.schedule, c.learning_rate, c.warmup, steps)
+    return Program(
+        config=config,
+        mesh=mesh,
+        model=model,
+        model_config=model_config,
+        tables=Tables(specs, mesh),
+        task=task,
+        steps=steps,
+        learning_rate=learning_rate,
+        table_learning_rate=optim.schedule(c.schedule, t.learning_rate, t.warmup, steps),
+        optimizer=optim.dense(learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip=c.clip),
+    )
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raise ValueError for a key that nothing reads, a key that is missing, or a choice that does not exist.
+
+    The sections model, task and split are checked by what they are passed to.
+    """
+    wrong = set(config) ^ {*SECTIONS, *TOP_LEVEL}
+    wrong |= {
+        f"{name}.{key}" for name in set(SECTIONS) & set(config) for key in set(config[name]) ^ set(SECTIONS[name])
+    }
+    if wrong:
+        raise ValueError(f"config: {sorted(wrong)} are missing or unknown; configs/hstu_planted.py has every key")
+    choices = (
+        ("model_name", config.model_name, MODELS),
+        ("task_name", config.task_name, TASKS),
+        ("loader.window", config.loader.window, WINDOWS),
+        ("table.optimizer", config.table.optimizer, optim.TABLE_OPTIMIZERS),
+    )
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{key} = {value!r}: expected one of {tuple(allowed)}")
+    select, m = config.train.select, config.mesh
+    if select and (select.split()[1:] not in (["max"], ["min"]) or not config.train.eval_every):
+        raise ValueError(f"train.select = {select!r}: expected 'METRIC max' or 'METRIC min', and train.eval_every > 0")
+    if config.train.patience and not select:
+        raise ValueError("train.patience needs train.select, the metric that it waits for")
+    if min(m.replica, m.data, m.model, m.accumulate) < 1:
+        raise ValueError(f"mesh = {m.to_dict()}: expected replica, data, model and accumulate of at least 1")
+    size = m.replica * m.data * m.model
+    rows = (
+        ("loader.batch_size", config.loader.batch_size, m.accumulate),
+        ("eval.batch_size", config.eval.batch_size, 1),
+    )
+    for key, value, parts in (*rows, ("eval.chunk", config.eval.chunk, 1)):
+        if value % (size * parts):
+            times = f" x mesh.accumulate = {parts}" if parts > 1 else ""
+            raise ValueError(f"{key} = {value}: expected a multiple of the {size} devices of the mesh{times}")
+
+
+def updates(run: Program) -> dict[str, tuple[RowRule, float, Callable]]:
+    """Array name -> (rule, weight decay, learning rate of a step) for the arrays that learn.
+
+    The catalogue's by config; small context tables by Adam.
+    """
+    t = run.config.table
+    rules = {}
+    for table in run.tables.specs:
+        for name in run.tables.parts(table).values():
+            optimizer = t.optimizer if table == run.task.catalogue else "adam"
+            if not run.tables.arrays[name].fixed and optimizer != optim.FROZEN:
+                decay = t.weight_decay if table == run.task.catalogue else 0.0
+                rules[name] = (optim.TABLE_RULES[optimizer], decay, run.table_learning_rate)
+    return rules
+
+
+def draw_state(run: Program) -> dict[str, Any]:
+    """The train state at step 0, fixed arrays still zero."""
+    seed = jax.random.key(run.config.seed)
+    model = run.model.Model(run.model_config, jax.random.fold_in(seed, MODEL_STREAM))
+    arrays, mixers = run.tables.init(jax.random.fold_in(seed, TABLE_STREAM))
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "model": model,
+        "mixers": mixers,
+        "optimizer": run.optimizer.init((model, mixers)),
+        "tables": arrays,
+        "table_state": {name: run.tables.init_slots(name, rule) for name, (rule, _, _) in updates(run).items()},
+        "overflow": jnp.zeros((2,), jnp.int32),
+    }
+
+
+def shardings(run: Program) -> dict[str, Any]:
+    """Tables and their optimizer slots by rows, large dense parameters over "model", the rest on every device."""
+    shapes = jax.eval_shape(lambda: draw_state(run))
+    by_rows = {
+        part: {
+            name: jax.tree.map(lambda _, n=name: run.tables.sharding(n), tree) for name, tree in shapes[part].items()
+        }
+        for part in ("tables", "table_state")
+    }
+    dense = {part: dense_shardings(run.mesh, shapes[part]) for part in ("model", "mixers", "optimizer")}
+    whole = {part: NamedSharding(run.mesh, REPLICATED) for part in ("step", "overflow")}
+    return by_rows | dense | whole
+
+
+def abstract_state(run: Program) -> dict[str, Any]:
+    """Shapes and layouts of the train state."""
+    shapes = jax.eval_shape(lambda: draw_state(run))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings(run)
+    )
+
+
+def abstract_batch(run: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and layouts of a global batch of the train step."""
+    c = run.config
+    names = ["item_id", "target", "segment_ids", "positions", *c.loader.queries]
+    if "time_bias" in c.model and c.model.time_bias:
+        names += ["timestamp", "query_timestamp"]
+    shape = (c.loader.batch_size, c.loader.row_length or c.loader.length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(run.mesh, BATCH)) for name in names}
+
+
+def parameters(run: Program) -> dict[str, int]:
+    """Trained parameters per group: item table (with the dense part of its kind), dense, context tables."""
+    groups = run.model.param_groups(run.model_config)
+    mixers = jax.eval_shape(lambda: draw_state(run))["mixers"]
+
+    def size(table: str) -> int:
+        arrays = (run.tables.arrays[name] for name in run.tables.parts(table).values())
+        return sum(a.num_rows * a.dim for a in arrays if not a.fixed) + sum(x.size for x in mixers[table].values())
+
+    return {
+        "tables": size(run.task.catalogue),
+        "dense": groups["dense"] + groups["positions"],
+        "context_tables": sum(size(name) for name in run.task.contexts),
+        "head": 0,
+        "codebooks": 0,
+    }
