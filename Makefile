@@ -15,7 +15,7 @@ VERSION := import platform; print(platform.python_version())
 CANDIDATES := $(if $(PYTHON),'$(PYTHON)',python3.13 python3.12 python3.11 python3 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow plan-tools lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +26,10 @@ demo: $(READY) ## four-axis scaling study on planted data; ends with report.html
 test: $(READY) ## the whole quick suite (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-test-slow: $(READY) ## the tests marked slow
+test-slow: $(VENV)/.tpu ## the tests marked slow, those of compiled TPU programs among them (no TPU is needed)
 	$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? -eq 5 # 5: none is marked slow
+
+plan-tools: $(VENV)/.tpu ## install the TPU compiler, which `python -m launch.plan` needs
 
 lint: $(READY) ## ruff check, ruff format --check, pyrefly
 	@failed=0; for check in 'ruff check .' 'ruff format --check .' 'pyrefly check --python-interpreter-path $(PY)'; do \
@@ -46,6 +48,11 @@ bench: $(READY) ## every file of benchmarks/, one after the other: each prints i
 clean: ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The TPU compiler: for `python -m launch.plan` and the slow tests. With it installed, run the rest with JAX_PLATFORMS=cpu.
+$(VENV)/.tpu: requirements-tpu.txt $(READY)
+	@$(PY) -m pip install -qq --no-deps -r requirements-tpu.txt
+	@touch $@
 
 # An environment whose Python is new enough is brought up to date in place. Otherwise the first candidate that is new
 # enough makes one (a version manager's stand-in may be on PATH and fail to run). setuptools is among the pinned

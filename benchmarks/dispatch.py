@@ -2,7 +2,7 @@
 
     python -m benchmarks.dispatch [--steps=300]
 
-The step of recscale.run with 8 scanned layers (HSTU and SASRec, D 64) on one row of 8 events, so that computing takes
+The step of recscale.step with 8 scanned layers (HSTU and SASRec, D 64) on one row of 8 events, so that computing takes
 next to nothing. "call" is the time until the jitted step returns, before anything is waited for; "main thread" is the
 processor time of the calling thread in the same interval; "whole step" also waits for the result. Medians over the
 steps. Goal: under 1 ms. Writes benchmarks/results/dispatch.json.
@@ -20,7 +20,8 @@ from benchmarks.training import MODELS, save, workload
 from recscale.data import planted
 from recscale.data.event_log_writer import write
 from recscale.mesh import place_batch
-from recscale.run import build, init_state, make_train_step
+from recscale.run import build, init_state
+from recscale.step import make_train_step
 
 LENGTH = 8
 GOAL_US = 1000.0

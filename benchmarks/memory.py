@@ -21,7 +21,8 @@ from benchmarks.training import HEADS, MODELS, save, workload
 from recscale.data import planted
 from recscale.data.event_log_writer import write
 from recscale.mesh import place_batch
-from recscale.run import build, init_state, make_train_step
+from recscale.run import build, init_state
+from recscale.step import make_train_step
 
 LENGTHS = (200, 1024, 4096)
 

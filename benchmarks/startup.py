@@ -29,7 +29,8 @@ from benchmarks.training import MODELS, save, workload
 from recscale.data import planted
 from recscale.data.event_log_writer import write
 from recscale.mesh import place_batch
-from recscale.run import build, init_state, make_train_step
+from recscale.run import build, init_state
+from recscale.step import make_train_step
 
 _IMPORTED = time.time()
 PHASES = ("interpreter", "imports", "build", "state", "first_step")

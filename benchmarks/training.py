@@ -38,7 +38,8 @@ from recscale import record
 from recscale.data import planted
 from recscale.data.event_log_writer import write
 from recscale.mesh import place_batch
-from recscale.run import Run, build, init_state, make_train_step
+from recscale.run import Run, build, init_state
+from recscale.step import make_train_step
 
 RESULTS = Path(__file__).parent / "results"
 PEER = Path(__file__).parent / "torch_peer.py"
@@ -105,10 +106,14 @@ class Ours:
         wall = time.perf_counter() - begin
         return {"events": events, "steps": steps, "wall": wall, "cpu": time.process_time() - cpu}
 
+    def items(self) -> np.ndarray:
+        """The item table by id, [V + 1, D]."""
+        return self.run.tables.arrays["item"].values(self.state["tables"]["item"])
+
     def parameters(self) -> dict[str, np.ndarray]:
         """The parameters under the names and in the layouts of torch_peer.Encoder."""
         model = self.state["model"]
-        flat = {"items.weight": self.state["tables"]["item"], "positions": model.positions[...]}
+        flat = {"items.weight": self.items(), "positions": model.positions[...]}
         if self.run.config.model_name == "hstu":
             layers = model.layers
             stacked = {"uvqk": layers.uvqk[...], "position_bias": layers.position_bias[...]}
@@ -131,7 +136,7 @@ class Ours:
         def forward(model, table, batch):
             return model(table[batch["item_id"]], batch)
 
-        return np.asarray(jax.jit(forward)(self.state["model"], self.state["tables"]["item"], batch))
+        return np.asarray(jax.jit(forward)(self.state["model"], self.items(), batch))
 
 
 class Torch:

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     c.study = ""
     c.cell = ConfigDict({"name": "gsasrec_ml1m", "axes": (), "coordinates": ConfigDict()})
 
-    c.data = ConfigDict({"path": "logs/ml-1m-sasrec", "users": 0, "events_per_user": 0, "num_items": 0, "num_events": 0})
+    c.data = ConfigDict(
+        {"path": "logs/ml-1m-sasrec", "users": 0, "events_per_user": 0, "num_items": 0, "num_events": 0}
+    )
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
         {"batch_size": 8, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}

@@ -23,7 +23,8 @@ BATCH = PartitionSpec(AXES)
 REPLICATED = PartitionSpec()
 DROPOUT_MASK = "dropout_mask"  # the name under which a layer's dropout masks are kept
 LARGE = 1 << 16
-"""Elements from which a dense matrix is spread over "model"."""
+"""Elements from which a matrix of a layer is spread over "model"."""
+STACKS = ("layers", "blocks")  # attributes of a model that hold its layers, stacked along the first axis
 
 
 def make_mesh(replica: int, data: int, model: int, devices: Any = None) -> Mesh:
@@ -47,7 +48,7 @@ def make_mesh(replica: int, data: int, model: int, devices: Any = None) -> Mesh:
 
 
 def dense_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """Layout of a dense parameter: a large matrix by the longer of its last two axes that "model" divides."""
+    """Layout of a weight of one layer: a large matrix by the longer of its last two axes that "model" divides."""
     parts = mesh.shape["model"]
     if parts == 1 or len(shape) < 2 or shape[-1] * shape[-2] < LARGE:
         return REPLICATED
@@ -60,8 +61,14 @@ def dense_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def dense_shardings(mesh: Mesh, tree: Any) -> Any:
-    """`dense_spec` of every leaf."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, dense_spec(mesh, x.shape)), tree)
+    """Layouts of dense parameters or their optimizer state: `dense_spec` for stacked layers, the rest everywhere."""
+
+    def one(path, leaf) -> NamedSharding:
+        stacked = any(getattr(key, "name", getattr(key, "key", None)) in STACKS for key in path)
+        spec = dense_spec(mesh, leaf.shape[1:]) if stacked else REPLICATED
+        return NamedSharding(mesh, REPLICATED if spec == REPLICATED else PartitionSpec(None, *spec))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def layer_wrapper(mesh: Mesh, remat: str) -> Callable[[Callable], Callable]:

@@ -15,7 +15,7 @@ from recscale import optim
 from recscale.layers.embedding import RowRule
 from recscale.layers.kinds import Table
 from recscale.layers.tables import Tables
-from recscale.mesh import BATCH, REPLICATED, dense_shardings, make_mesh
+from recscale.mesh import BATCH, REMAT, REPLICATED, dense_shardings, make_mesh
 from recscale.models import MODELS
 from recscale.tasks import TASKS
 from recscale.tasks.next_item import FREQUENCY, Task
@@ -114,6 +114,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ("task_name", config.task_name, TASKS),
         ("loader.window", config.loader.window, WINDOWS),
         ("table.optimizer", config.table.optimizer, optim.TABLE_OPTIMIZERS),
+        ("mesh.remat", config.mesh.remat, REMAT),
     )
     for key, value, allowed in choices:
         if value not in allowed:

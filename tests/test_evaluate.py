@@ -3,17 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from recscale import metrics
 from recscale.data.event_log import Column, EventLog
 from recscale.data.loading import Loader
 from recscale.data.splits import View, leave_one_out
-from recscale.evaluate import evaluate
+from recscale.evaluate import NonFiniteScore, evaluate
+from recscale.layers.kinds import Table
 from recscale.layers.ranking import rank_catalogue
+from recscale.layers.tables import Tables
+from recscale.mesh import make_mesh
 
 ITEMS, USERS, DIM, LENGTH = 40, 30, 6, 8
 
@@ -21,14 +23,18 @@ ITEMS, USERS, DIM, LENGTH = 40, 30, 6, 8
 class LastItem:
     """The query is a vector of the input item plus one of its position: enough to tell every slot of a batch apart."""
 
-    def queries(self, model, tables, batch):
-        return model[batch["positions"]] + tables["item"][batch["item_id"]]
+    catalogue = "item"
 
-    def item_vectors(self, tables, ids_N):
-        return tables["item"][ids_N]
+    def queries(self, model, lookup, batch):
+        return jnp.asarray(model)[batch["positions"]] + lookup("item", batch["item_id"])
+
+    def item(self, vectors):
+        return vectors
 
 
 TASK = LastItem()
+MESHES = ((1, 1, 1), (1, 8, 1), (1, 2, 4))
+TABLES = {shape: Tables({"item": Table(ITEMS, DIM)}, make_mesh(*shape)) for shape in MESHES}
 
 
 def make_log(seed: int = 0) -> EventLog:
@@ -55,10 +61,14 @@ def loader_of(log, view, batch_size=4, length=LENGTH, **more):
     return Loader(log, view, batch_size=batch_size, length=length, shuffle=False, with_example=True, **more)
 
 
-def run(log, view, loader=None, **more):
-    model, tables = weights()
+def run(log, view, loader=None, mesh=(1, 1, 1), model=None, **more):
+    values, rows = weights()
+    tables = TABLES[mesh]
+    arrays = {"item": jax.device_put(tables.arrays["item"].place(rows["item"]), tables.sharding("item"))}
     options = {"ks": (1, 5), "block": 16, "top_k": 5, "chunk": 32, **more}
-    return evaluate(model, tables, TASK, loader or loader_of(log, view), log, view, **options)
+    loader = loader or loader_of(log, view)
+    model = values if model is None else model
+    return evaluate(model, arrays, {"item": {}}, tables, TASK, loader, log, view, **options)
 
 
 def plain(log, view, length=LENGTH):
@@ -198,11 +208,11 @@ def test_one_protocol_leaves_the_other_out():
 def test_a_nan_names_the_number_of_bad_rows():
     log = make_log()
     view = leave_one_out(log)["test"]
-    model, tables = weights()
+    model, _ = weights()
     model[int(np.minimum(log.lengths - 1, LENGTH).min()) - 1] = np.nan
     bad = int((np.minimum(log.lengths - 1, LENGTH) == np.minimum(log.lengths - 1, LENGTH).min()).sum())
-    with pytest.raises(ValueError, match=f"{bad} of {USERS} queries have a NaN or infinite score"):
-        evaluate(model, tables, TASK, loader_of(log, view), log, view)
+    with pytest.raises(NonFiniteScore, match=f"{bad} of {USERS} queries have a NaN or infinite score"):
+        run(log, view, model=model)
 
 
 def test_a_loader_of_another_view_is_refused():
@@ -222,18 +232,14 @@ def test_history_before_the_view_counts_as_seen():
         np.testing.assert_array_equal(array, run(log, short, loader_of(log, short, length=1))[1][key])
 
 
-def test_a_mesh_with_sharded_tables_gives_the_same():
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_a_mesh_gives_the_same(mesh):
     log = make_log()
     view = half_view(log)
-    model, tables = weights()
-    _, want = run(log, view)
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
-    table = np.concatenate([tables["item"], np.full((3, DIM), np.nan, np.float32)])  # filled up to a multiple of four
-    split = {"item": jax.device_put(table, NamedSharding(mesh, P("model", None)))}
-    with jax.set_mesh(mesh):
-        _, got = evaluate(
-            jax.device_put(model, NamedSharding(mesh, P())), split, TASK, loader_of(log, view), log, view,
-            ks=(1, 5), block=16, top_k=5, chunk=32, sharding=NamedSharding(mesh, P("data")),
-        )  # fmt: skip
+    rows, want = run(log, view)
+    got_rows, got = run(log, view, loader_of(log, view, batch_size=8), mesh=mesh, block=4, chunk=30)
     for name in want:
         np.testing.assert_allclose(got[name], want[name], atol=2e-5, err_msg=name)
+    for found, expected in zip(got_rows, rows, strict=True):
+        assert (found["metric"], found["n"]) == (expected["metric"], expected["n"])
+        assert found["value"] == pytest.approx(expected["value"], abs=2e-5)

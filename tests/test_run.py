@@ -9,7 +9,9 @@ from recscale.data.loading import Loader
 from recscale.evaluate import evaluate_split
 from recscale.mesh import place_batch
 from recscale.models import MODELS, hstu, sasrec
-from recscale.run import build, costs, init_state, item_frequency, make_train_step, seen
+from recscale.program import abstract_state
+from recscale.run import build, collapse, costs, init_state, item_counts, seen
+from recscale.step import make_train_step
 from tests.tiny_run import FULL, ITEMS, SAMPLED, make_log, tiny
 
 
@@ -111,8 +113,11 @@ def test_packing_changes_no_training_loss(name, log):
         )
         assert loader.steps_per_epoch == 1
         batch = {k: jnp.asarray(v) for k, v in loader[0].items()}
-        touched = run.task.ids(batch, key)
-        rows_of = {n: state["tables"][table].at[slots].get() for n, (table, slots) in touched.items()}
+        batch = run.task.draw(batch, key)
+        rows_of = {
+            name: run.tables.lookup(state["tables"], state["mixers"], table, ids)
+            for name, (table, ids) in run.task.wanted(batch).items()
+        }
         loss, metrics = jax.jit(run.task.loss)(state["model"], rows_of, batch, key)
         losses.append(float(loss))
         shapes.append((int(metrics["targets"]), int(loader[0]["segment_ids"].max())))
@@ -149,13 +154,22 @@ def test_flops_agree_with_the_compiler_on_one_layer(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hstu", "sasrec"])
 def test_parameters_counted_are_the_models_leaves(name, log):
-    run = build(tiny(name, log, table__rows=50, model__width=16, model__depth=3, loader__queries=("surface",), **FULL))
-    state = jax.eval_shape(lambda: init_state(run))
+    changes = {"table__kind": "hashed", "table__rows": 50, "loader__queries": ("surface",)} | FULL
+    run = build(tiny(name, log, model__width=16, model__depth=3, **changes))
+    state = abstract_state(run)
     counted = costs(run, run.steps)["parameters"]
     assert counted["dense"] == sum(leaf.size for leaf in jax.tree.leaves(state["model"]))
-    assert state["tables"]["item"].shape == (51, 8)  # and a padding row, which is no parameter
+    assert state["tables"]["item"].shape == (64, 8)  # padding and spare rows are no parameters
     assert counted["tables"] == 50 * 8
-    assert counted["context_tables"] == state["tables"]["surface"].size - 8
+    assert counted["context_tables"] == (run.log.columns["surface"].cardinality - 1) * 8
+
+
+def test_the_dense_part_of_a_table_counts_with_the_table(log):
+    run = build(tiny("hstu", log, table__kind="low_rank", table__inner=2, **FULL))
+    counted = costs(run, run.steps)
+    assert counted["parameters"]["tables"] == ITEMS * 2 + 2 * 8
+    assert counted["table"]["bytes"] == 4 * (ITEMS * 2 + 2 * 8) == counted["table"]["bytes_per_item"] * ITEMS
+    assert 1 < collapse(run, init_state(run)) < 2  # vectors of rank two
 
 
 def test_costs_and_counts_equal_a_plain_loop(log):
@@ -195,14 +209,15 @@ def test_frequency_is_the_share_of_training_events(log):
     run = build(tiny("hstu", log, **SAMPLED))
     view, items = run.views["train"], run.log.events["item_id"]
     events = np.concatenate([items[a:b] for a, b in zip(view.start, view.stop, strict=True)])
-    frequency = item_frequency(run.log, view)
+    np.testing.assert_array_equal(item_counts(run.log, view), np.bincount(events, minlength=ITEMS + 1))
+    frequency = run.fixed["item_frequency"]
     np.testing.assert_allclose(frequency[:, 0], np.bincount(events, minlength=ITEMS + 1) / len(events), rtol=1e-6)
     assert frequency[0] == 0
 
 
 def test_steps_of_one_shape_compile_once_and_fetch_nothing(log):
     """One trace for the first state and for what the step returns; with the batch placed, no transfer either way."""
-    run = build(tiny("hstu", log, **SAMPLED))
+    run = build(tiny("hstu", log, table__kind="capped", table__rows=20, **SAMPLED))
     state, train_step = init_state(run), make_train_step(run)
     batches = [place_batch(run.mesh, run.loader[i]) for i in range(3)]
     state, metrics = train_step(state, batches[0])
@@ -211,7 +226,10 @@ def test_steps_of_one_shape_compile_once_and_fetch_nothing(log):
             state, metrics = train_step(state, batch)
     assert train_step._cache_size() == 1
     assert int(state["step"]) == 3 and np.isfinite(metrics["loss"])
-    assert (np.asarray(state["tables"]["item"])[0] == 0).all()  # padding is never trained
+    values = {name: array.values(state["tables"][name]) for name, array in run.tables.arrays.items()}
+    assert (values["item"][0] == 0).all()  # padding is never trained, nor is what the data says
+    np.testing.assert_array_equal(values["item.codes"], run.fixed["item.codes"])
+    np.testing.assert_array_equal(values["item_frequency"], run.fixed["item_frequency"])
 
 
 def test_a_config_the_data_cannot_serve_is_refused(log):
@@ -219,3 +237,5 @@ def test_a_config_the_data_cannot_serve_is_refused(log):
         build(tiny("hstu", log, loader__queries=("tab",)))
     with pytest.raises(ValueError, match=r"eval: split.name = 'leave_one_out'.*'tset'"):
         build(tiny("hstu", log, eval__final=("tset",)))
+    with pytest.raises(ValueError, match=r"data\.num_items = 5, but .* has 63: set it to 0"):
+        build(tiny("hstu", log, data__num_items=5))

@@ -8,7 +8,7 @@ from configs import hstu_planted, sasrec_ml1m
 from recscale.data.prepare import prepare
 
 BASES = {"hstu": hstu_planted, "sasrec": sasrec_ml1m}
-ITEMS = 63  # with the padding row 64 rows, which eight devices share evenly
+ITEMS = 63  # with the padding row 64, one for each bucket of a small table
 
 
 def make_log(folder: Path, users: int = 200, **settings: float) -> Path:
@@ -27,6 +27,7 @@ def tiny(model: str, log: Path, **changes: object) -> ConfigDict:
     config.loader.update({"batch_size": 8, "length": 16, "row_length": 0, "window": "last"})
     config.model.update({"embed_dim": 8, "width": 8, "heads": 2, "depth": 1, "max_length": 16, "dropout": 0.1})
     config.model.update({"qk_dim": 4, "v_dim": 4} if model == "hstu" else {"ffn": 16})
+    config.table.warmup = 3
     config.optim.update({"warmup": 3, "learning_rate": 1e-2})
     config.train.update(
         {"epochs": 1.0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": "", "patience": 0}

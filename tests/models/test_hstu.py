@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from recscale.kernels import attention as kernel
-from recscale.layers.embedding import Table
 from recscale.models import hstu
 from recscale.tasks import next_item
 
@@ -101,20 +100,19 @@ def test_last_event_query_time():
 
 def test_loss_equals_the_released_code():
     model, table = golden_model()
-    task = next_item.Task(TASK, {"item": Table(9, 6)})
+    task = next_item.Task(TASK, num_items=9)
     batch = golden_batch(packed=False)
     negatives = np.zeros((2, 5, 3), np.int32)
     negatives[0, :4] = [(7, 1, 8), (1, 2, 3), (9, 9, 4), (2, 6, 6)]
     negatives[1, :2] = [(4, 5, 1), (8, 3, 7)]
-    task.negatives = lambda batch, key: jnp.asarray(negatives)
 
     def losses(model, table, batch):
-        key = jax.random.key(0)
-        rows = {name: table[slots] for name, (_, slots) in task.ids(batch, key).items()}
+        rows = {name: table[ids] for name, (_, ids) in task.wanted(batch).items()}
         query = task._query(model, rows, batch, None)
-        return task._sampled(query, rows, batch, key), task.loss(model, rows, batch, key)
+        return task._sampled(query, rows, batch), task.loss(model, rows, batch, jax.random.key(0))
 
-    per_token, (loss, metrics) = jax.jit(losses, compiler_options=QUICK)(model, table, batch)
+    with_negatives = batch | {"negative": jnp.asarray(negatives)}
+    per_token, (loss, metrics) = jax.jit(losses, compiler_options=QUICK)(model, table, with_negatives)
     expected = [0.286616131, 0.0, 28.950268803, 33.220018494, 0.786081147, 17.732234683]
     np.testing.assert_allclose(np.asarray(per_token)[np.asarray(batch["target"]) > 0], expected, atol=2e-5)
     assert float(loss) == pytest.approx(13.495869876214, abs=2e-5)

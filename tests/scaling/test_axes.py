@@ -42,7 +42,7 @@ def base(**model) -> ConfigDict:
 
 
 CHANGES = [
-    ("table", "rows", 250, "table_rows", {"table.rows": 250}),
+    ("table", "rows", 250, "table_rows", {"table.rows": 250, "table.kind": "hashed"}),
     ("table", "dim", 8, "table_dim", {"model.embed_dim": 8}),
     ("data", "users", 500, "users", {"data.users": 500}),
     ("data", "events", 20, "events_per_user", {"data.events_per_user": 20}),

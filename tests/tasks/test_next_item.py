@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recscale.layers.embedding import Table
 from recscale.tasks import next_item
 from recscale.tasks.next_item import FREQUENCY, Config, Task
 
@@ -24,8 +23,13 @@ BATCH = {
 
 
 def task(items: int = ITEMS, contexts: tuple[str, ...] = (), **changes) -> Task:
-    tables = {"item": Table(items, DIM)} | {name: Table(3, DIM) for name in contexts}
-    return Task(dataclasses.replace(BASE, **changes), tables, contexts)
+    return Task(dataclasses.replace(BASE, **changes), items, contexts)
+
+
+def with_negatives(t: Task, negative) -> Task:
+    """The task with these negatives in the place of drawn ones; negative: an array, or a function of the batch."""
+    t.draw = lambda batch, key: batch | {"negative": jnp.asarray(negative(batch) if callable(negative) else negative)}
+    return t
 
 
 def embeddings(seed: int = 0) -> np.ndarray:
@@ -40,10 +44,16 @@ def history(x, batch, key):
 
 
 def step_loss(t: Task, tables, batch, model):
-    """What a step computes: the rows of `ids`, then `loss`."""
+    """What a step computes: draws, the vectors of the ids that are wanted, then `loss`."""
     key = jax.random.key(0)
-    rows = {name: tables[owner][slots] for name, (owner, slots) in t.ids(batch, key).items()}
-    return t.loss(model, rows, batch, key)
+    batch = t.draw(batch, key)
+    rows = {name: tables[owner][ids] for name, (owner, ids) in t.wanted(batch).items()}
+
+    def full_softmax(query_TD, target_T):
+        scores_TV = query_TD @ t.item(tables["item"][1:]).T
+        return -jnp.take_along_axis(jax.nn.log_softmax(scores_TV), jnp.maximum(target_T - 1, 0)[:, None], 1)[:, 0]
+
+    return t.loss(model, rows, batch, key, full_softmax)
 
 
 def loss_of(t: Task, table: np.ndarray, batch=BATCH, frequency=None, model=history, context=None):
@@ -54,7 +64,7 @@ def loss_of(t: Task, table: np.ndarray, batch=BATCH, frequency=None, model=histo
 
 
 def draws(t: Task, seed: int = 0) -> np.ndarray:
-    run = jax.jit(lambda batch: t.negatives(batch, jax.random.key(seed)), compiler_options=QUICK)
+    run = jax.jit(lambda batch: t.draw(batch, jax.random.key(seed))["negative"], compiler_options=QUICK)
     return np.asarray(run(BATCH))
 
 
@@ -99,8 +109,7 @@ def test_logq():
 
 def test_logq_through_the_task():
     """The same example from ids to loss: scores are 1-d item vectors, the proposal comes from the frequency table."""
-    t = Task(dataclasses.replace(BASE, negatives=5, sampler="in_batch", logq="standard"), {"item": Table(4, 1)})
-    t.negatives = lambda batch, key: jnp.asarray([[[2, 3, 3, 4, 1]]])
+    t = with_negatives(task(4, negatives=5, sampler="in_batch", logq="standard"), [[[2, 3, 3, 4, 1]]])
     batch = {"item_id": np.array([[4]], np.int32), "target": np.array([[1]], np.int32)}
     table = np.array([[0], [1.5], [0.375], [-0.625], [1.0]], np.float32)  # the query is 0.8: 1.2 .3 -.5 .8
     frequency = np.array([[0], [0.4], [0.3], [0.2], [0.1]], np.float32)
@@ -198,8 +207,7 @@ def test_padding_and_unsupervised_positions_have_no_weight():
 
 
 def test_a_negative_that_equals_the_target_has_no_gradient():
-    t = task(negatives=3)
-    t.negatives = lambda batch, key: jnp.broadcast_to(batch["target"][:, :, None], (2, 4, 3))
+    t = with_negatives(task(negatives=3), lambda batch: jnp.broadcast_to(batch["target"][:, :, None], (2, 4, 3)))
     loss, _ = loss_of(t, embeddings())
     assert float(loss) == 0.0
 
@@ -209,8 +217,7 @@ def test_layouts_of_the_negatives_agree_where_the_negatives_are_equal(logq):
     fixed, losses = jnp.asarray([4, 7, 7, 12]), []
     frequency = np.linspace(0, 1, ITEMS + 1, dtype=np.float32)[:, None] / (ITEMS + 1) * 2
     for shared, shape in {"token": (2, 4, 4), "row": (2, 4), "batch": (4,)}.items():
-        t = task(shared=shared, sampler="mixed", logq=logq)
-        t.negatives = lambda batch, key, shape=shape: jnp.broadcast_to(fixed, shape)
+        t = with_negatives(task(shared=shared, sampler="mixed", logq=logq), jnp.broadcast_to(fixed, shape))
         losses.append(float(loss_of(t, embeddings(), frequency=frequency)[0]))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
@@ -231,8 +238,7 @@ def sampled_exactly(sampler: str, logq: str, count: int, seed: int) -> tuple[Tas
     table, q = proposal(sampler)
     t = task(loss="sampled", sampler=sampler, logq=logq, negatives=count)
     drawn = np.random.default_rng(seed).choice(np.arange(1, ITEMS + 1), size=(2, 4, count), p=q)
-    t.negatives = lambda batch, key: jnp.asarray(drawn, jnp.int32)
-    return t, table
+    return with_negatives(t, drawn.astype(np.int32)), table
 
 
 def gradient(t: Task, frequency) -> np.ndarray:
@@ -275,7 +281,26 @@ def test_logq_converges_to_full_cross_entropy(sampler):
         assert np.abs(gradient(t, frequency) - exact).max() > 0.05 * np.abs(exact).max()
 
 
-# Prediction and errors
+# What a step reads, prediction, errors
+
+
+def test_a_step_wants_what_its_loss_reads():
+    """Ids of the batch with its draws, each for the table that holds it."""
+
+    def wanted(**changes):
+        t = task(contexts=("surface",), **changes)
+        batch = t.draw(BATCH | {"surface": BATCH["target"] % 3}, jax.random.key(0))
+        return t, {name: (owner, ids.shape) for name, (owner, ids) in t.wanted(batch).items()}
+
+    always = {"history": ("item", (2, 4)), "surface": ("surface", (2, 4))}
+    t, found = wanted(loss="full")
+    assert found == always and t.needs_catalogue and not t.needs_frequency
+    drawn = {"target": ("item", (2, 4)), "negative": ("item", (2, 4))}
+    t, found = wanted(shared="row")
+    assert found == always | drawn and not t.needs_catalogue and not t.needs_frequency
+    t, found = wanted(shared="row", sampler="mixed", logq="standard")
+    assert found == always | drawn | {f"{name}_frequency": (FREQUENCY, shape) for name, (_, shape) in drawn.items()}
+    assert t.needs_frequency
 
 
 def test_queries_and_item_vectors_give_the_scores_of_the_loss():
@@ -284,7 +309,10 @@ def test_queries_and_item_vectors_give_the_scores_of_the_loss():
     batch = BATCH | {"surface": np.array([[1, 2, 0, 0], [3, 3, 1, 2]], np.int32)}
     tables = {"item": jnp.asarray(table), "surface": jnp.asarray(context)}
     query, vectors = jax.jit(
-        lambda tables, batch: (t.queries(history, tables, batch), t.item_vectors(tables, jnp.arange(1, ITEMS + 1)))
+        lambda tables, batch: (
+            t.queries(history, lambda name, ids: tables[name][ids], batch),
+            t.item(tables["item"][1:]),
+        )
     )(tables, batch)
     scores = np.einsum("bld,vd->blv", query, vectors).astype(np.float64)
     nats = np.log(np.exp(scores).sum(-1)) - np.take_along_axis(
