@@ -4,7 +4,7 @@
 
 Search: the best 100 of a million items x 64 for 512 queries, by `top_items`, by faiss IndexFlatIP and by PyTorch matmul
 and topk, in turns, after a first one that compiles; the median of each. Both others run in a process of their own
-(benchmarks/search_peer.py, `pip install torch==2.13.0 faiss-cpu==1.15.1 numpy`, interpreter named by --torch-python or
+(benchmarks/_search_peer.py, `pip install torch==2.13.0 faiss-cpu==1.15.1 numpy`, interpreter named by --torch-python or
 TORCH_PYTHON). "same lists" is the share of queries whose items equal ours in the same order: the others do not order
 ties and near-ties as we do.
 
@@ -42,7 +42,7 @@ from recscale.layers.tables import Tables
 from recscale.mesh import make_mesh
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
-PEER = Path(__file__).parent / "search_peer.py"
+PEER = Path(__file__).parent / "_search_peer.py"
 DIM, HISTORY, CHUNK, BLOCK = 64, 100, 256, 16_384
 SEARCHED, QUERIES, TOP = 1_000_000, 512, 100
 CASES = (
@@ -52,7 +52,7 @@ CASES = (
     (1_000_000, 512, "ranking"),
     (1_000_000, 512, "one protocol"),
     (1_000_000, 512, "nats"),
-    (10_000_000, 256, "one protocol"),
+    (10_000_000, 64, "one protocol"),
 )
 MODES: dict[str, dict[str, Any]] = {
     "ranking": {},
@@ -104,7 +104,7 @@ def measure(items: int, users: int, mode: str) -> dict[str, Any]:
         view = leave_one_out(log)["test"]
         loader = Loader(log, view, batch_size=64, length=HISTORY, shuffle=False, with_example=True)
         begin = time.perf_counter(), time.process_time()
-        options = {"block": BLOCK, "chunk": CHUNK, "top_k": 10, **MODES[mode]}
+        options = {"block": BLOCK, "chunk": min(CHUNK, users), "top_k": 10, **MODES[mode]}
         evaluate(None, arrays, {"item": {}}, tables, task, loader, log, view, **options)
         return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
@@ -124,7 +124,7 @@ def measure(items: int, users: int, mode: str) -> dict[str, Any]:
 
 
 class Peer:
-    """search_peer.py in its own process."""
+    """_search_peer.py in its own process."""
 
     def __init__(self, python: str, folder: Path, threads: int):
         files = [str(folder / name) for name in ("vectors.npy", "queries.npy")]

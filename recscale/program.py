@@ -127,11 +127,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if min(m.replica, m.data, m.model, m.accumulate) < 1:
         raise ValueError(f"mesh = {m.to_dict()}: expected replica, data, model and accumulate of at least 1")
     size = m.replica * m.data * m.model
-    rows = (
+    for key, value, parts in (
         ("loader.batch_size", config.loader.batch_size, m.accumulate),
         ("eval.batch_size", config.eval.batch_size, 1),
-    )
-    for key, value, parts in (*rows, ("eval.chunk", config.eval.chunk, 1)):
+    ):
         if value % (size * parts):
             times = f" x mesh.accumulate = {parts}" if parts > 1 else ""
             raise ValueError(f"{key} = {value}: expected a multiple of the {size} devices of the mesh{times}")
@@ -153,25 +152,36 @@ def updates(run: Program) -> dict[str, tuple[RowRule, float, Callable]]:
     return rules
 
 
-def draw_state(run: Program) -> dict[str, Any]:
-    """The train state at step 0, fixed arrays still zero."""
-    seed = jax.random.key(run.config.seed)
-    model = run.model.Model(run.model_config, jax.random.fold_in(seed, MODEL_STREAM))
-    arrays, mixers = run.tables.init(jax.random.fold_in(seed, TABLE_STREAM))
+def draw_tables(run: Program, seed: jax.Array) -> dict[str, Any]:
+    """The part {tables, table_state, mixers} of the state at step 0; fixed arrays are still zero."""
+    arrays, mixers = run.tables.init(jax.random.fold_in(jax.random.key(seed), TABLE_STREAM))
+    slots = {name: run.tables.init_slots(name, rule) for name, (rule, _, _) in updates(run).items()}
+    return {"tables": arrays, "table_state": slots, "mixers": mixers}
+
+
+def draw_dense(run: Program, seed: jax.Array, mixers: Any) -> dict[str, Any]:
+    """The rest of the state at step 0."""
+    model = run.model.Model(run.model_config, jax.random.fold_in(jax.random.key(seed), MODEL_STREAM))
     return {
         "step": jnp.zeros((), jnp.int32),
+        "seed": seed,
         "model": model,
-        "mixers": mixers,
         "optimizer": run.optimizer.init((model, mixers)),
-        "tables": arrays,
-        "table_state": {name: run.tables.init_slots(name, rule) for name, (rule, _, _) in updates(run).items()},
         "overflow": jnp.zeros((2,), jnp.int32),
     }
 
 
+def _shapes(run: Program) -> dict[str, Any]:
+    def draw(seed):
+        tables = draw_tables(run, seed)
+        return tables | draw_dense(run, seed, tables["mixers"])
+
+    return jax.eval_shape(draw, jax.ShapeDtypeStruct((), jnp.uint32))
+
+
 def shardings(run: Program) -> dict[str, Any]:
     """Tables and their optimizer slots by rows, large dense parameters over "model", the rest on every device."""
-    shapes = jax.eval_shape(lambda: draw_state(run))
+    shapes = _shapes(run)
     by_rows = {
         part: {
             name: jax.tree.map(lambda _, n=name: run.tables.sharding(n), tree) for name, tree in shapes[part].items()
@@ -179,13 +189,13 @@ def shardings(run: Program) -> dict[str, Any]:
         for part in ("tables", "table_state")
     }
     dense = {part: dense_shardings(run.mesh, shapes[part]) for part in ("model", "mixers", "optimizer")}
-    whole = {part: NamedSharding(run.mesh, REPLICATED) for part in ("step", "overflow")}
+    whole = {part: NamedSharding(run.mesh, REPLICATED) for part in ("step", "seed", "overflow")}
     return by_rows | dense | whole
 
 
 def abstract_state(run: Program) -> dict[str, Any]:
     """Shapes and layouts of the train state."""
-    shapes = jax.eval_shape(lambda: draw_state(run))
+    shapes = _shapes(run)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings(run)
     )
@@ -204,7 +214,7 @@ def abstract_batch(run: Program) -> dict[str, jax.ShapeDtypeStruct]:
 def parameters(run: Program) -> dict[str, int]:
     """Trained parameters per group: item table (with the dense part of its kind), dense, context tables."""
     groups = run.model.param_groups(run.model_config)
-    mixers = jax.eval_shape(lambda: draw_state(run))["mixers"]
+    mixers = _shapes(run)["mixers"]
 
     def size(table: str) -> int:
         arrays = (run.tables.arrays[name] for name in run.tables.parts(table).values())

@@ -1,6 +1,7 @@
 """A run: a program and its data, from a config; what it costs and what it reads."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from recscale.data.event_log import EventLog
 from recscale.data.loading import Loader
 from recscale.layers.kinds import information_abundance
 from recscale.mesh import REPLICATED, place_same
-from recscale.program import Program, check_config, draw_state, parameters, program, shardings
+from recscale.program import Program, check_config, draw_dense, draw_tables, parameters, program, shardings
 from recscale.tasks.next_item import FREQUENCY
 
 TRAIN_MULTIPLIER = 3  # a backward pass costs two forward passes
@@ -96,7 +97,11 @@ def item_counts(log: EventLog, view: splits.View) -> np.ndarray:
 
 def init_state(run: Run) -> dict[str, Any]:
     """The train state on the run's mesh; the fixed arrays hold what the training data says."""
-    state = jax.jit(lambda: draw_state(run), out_shardings=shardings(run))()
+    layouts, seed = shardings(run), np.uint32(run.config.seed)  # not a constant: all seeds share a compiled program
+    parts = ("tables", "table_state", "mixers")
+    tables = jax.jit(functools.partial(draw_tables, run), out_shardings={k: layouts[k] for k in parts})(seed)
+    rest = {k: layout for k, layout in layouts.items() if k not in parts}
+    state = tables | jax.jit(functools.partial(draw_dense, run), out_shardings=rest)(seed, tables["mixers"])
     for name, values in run.fixed.items():
         state["tables"][name] = place_same(run.tables.sharding(name), run.tables.arrays[name].place(values))
     return state

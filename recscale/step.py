@@ -18,11 +18,11 @@ DROPOUT_STREAM, ROUNDING_STREAM = 1, 2  # within a step, whose own key draws the
 
 def make_train_step(run: Program) -> Callable[..., tuple[dict[str, Any], dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (state, metrics). Donates the state; touches only the rows of the batch."""
-    seed, task, tables = run.config.seed, run.task, run.tables
+    task, tables = run.task, run.tables
     rules, wrap = updates(run), layer_wrapper(run.mesh, run.config.mesh.remat)
 
     def step(state, batch):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_STREAM), state["step"])
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state["seed"]), STEP_STREAM), state["step"])
         batch = {k: spread_rows(run.mesh, x) if x.ndim > 1 else x for k, x in task.draw(batch, key).items()}
         wanted = task.wanted(batch)
         touched, rows, overflow = {}, {}, state["overflow"]
@@ -67,6 +67,7 @@ def make_train_step(run: Program) -> Callable[..., tuple[dict[str, Any], dict[st
             overflow = overflow + more
         state = {
             "step": state["step"] + 1,
+            "seed": state["seed"],
             "model": model,
             "mixers": mixers,
             "optimizer": optimizer,

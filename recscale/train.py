@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from recscale import record
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLogError
-from recscale.evaluate import evaluate_split
+from recscale.evaluate import NonFiniteScore, evaluate_split
 from recscale.mesh import join_processes, place_batch
 from recscale.program import abstract_state
 from recscale.run import build, collapse, costs, init_state, seen
@@ -84,7 +84,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             if status != "ok":
                 break
             if evaluating:
-                rows, _ = evaluate_split(run, state, config.eval.during, step)
+                try:
+                    rows, _ = evaluate_split(run, state, config.eval.during, step)
+                except NonFiniteScore as error:
+                    status, reason = "diverged", f"step {step}: {error}"
+                    break
                 for row in rows:
                     metrics.append(row)
                 chosen = selected(metrics.rows, config)

@@ -25,7 +25,6 @@ def config(**changes):
             r"loader\.batch_size = 8: expected a multiple of the 4 devices of the mesh x mesh\.accumulate = 4",
         ),
         ({"mesh__data": 8, "eval__batch_size": 12}, r"eval\.batch_size = 12: expected a multiple of the 8 devices"),
-        ({"mesh__data": 8, "eval__chunk": 60}, r"eval\.chunk = 60: expected a multiple of the 8 devices"),
         ({"model_name": "hsut"}, r"model_name = 'hsut': expected one of \('hstu', 'sasrec'\)"),
         ({"task_name": "next"}, r"task_name = 'next': expected one of"),
         ({"loader__window": "first"}, r"loader\.window = 'first': expected one of \('last', 'random', 'all'\)"),

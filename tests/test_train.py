@@ -243,6 +243,8 @@ def run_main(config: ConfigDict, workdir: Path, monkeypatch) -> None:
     """main() as the command line calls it."""
     monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=config), raising=False)
     monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value=str(workdir)), raising=False)
+    for flag, value in (("_COORDINATOR", ""), ("_PROCESSES", 1), ("_PROCESS", 0)):
+        monkeypatch.setattr(train, flag, SimpleNamespace(value=value), raising=False)
     train.main([])
 
 

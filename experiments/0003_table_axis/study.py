@@ -54,11 +54,11 @@ def points(items: int) -> list[Point]:
         return min(items, round(size * items / (4 * DIM)))
 
     found = [Point("full", 4 * dim, dim=dim) for dim in (1, 4, 16, 64, 256)]
-    found += [Point("hashed", size, rows=rows(size), parts=k) for k in (1, 2) for size in (4, 16, 64, 128)]
-    found += [Point("low_rank", 4 * inner, inner=inner) for inner in (1, 4, 16, 32)]
-    found += [Point("capped", size, rows=rows(size - 4)) for size in (16, 64, 128)]
+    found += [Point("hashed", size, rows=rows(size), parts=k) for k in (1, 2) for size in (4, 16, 64)]
+    found += [Point("low_rank", 4 * inner, inner=inner) for inner in (1, 4, 16)]
+    found += [Point("capped", size, rows=rows(size - 4)) for size in (16, 64)]
     found += [Point("quotient_remainder", round(4 * DIM * (m + items / m) / items), rows=m) for m in (64, 900)]
-    found += [Point("multi", 4 * sets * width, parts=sets, inner=width) for sets, width in ((2, 4), (2, 16), (4, 16))]
+    found += [Point("multi", 4 * sets * width, parts=sets, inner=width) for sets, width in ((2, 16), (4, 16))]
     found += [Point("pq", parts, parts=parts) for parts in (2, 8, 32)]
     return found + [Point("ngram", size, rows=rows(size), parts=4) for size in (16, 64)]
 

@@ -51,6 +51,6 @@ class Route:
 
 
 def capacity(count: int, devices: int) -> int:
-    """Places per pair of devices for `count` ids of one device: mean plus five Poisson deviations."""
+    """Places per pair of devices for `count` ids of one device: mean plus four Poisson deviations."""
     mean = count / devices
-    return min(count, math.ceil(mean + 5 * math.sqrt(mean)))
+    return min(count, math.ceil(mean + 4 * math.sqrt(mean)))

@@ -20,7 +20,8 @@ def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / max(|x|, eps) over the last axis, in float32. A zero vector stays zero; there the gradient is 1 / eps."""
     x32 = x.astype(jnp.float32)
     square = jnp.square(x32).sum(axis=-1, keepdims=True)
-    return x32 * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
+    # Not rsqrt, which rounds differently in vector and scalar code: equal vectors must stay equal to tie in a ranking.
+    return x32 / jnp.sqrt(jnp.maximum(square, eps * eps))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -23,8 +23,9 @@ def catalogue_softmax(
     """-log p(target) in nats under the softmax over all items, [T].
 
     task: has `catalogue`, the name of the item table, and `item`, applied to its vectors. arrays: all of that table's.
-    target 0 gives the log-sum-exp alone. Differentiable in arrays (dense gradients, shaped like them), mixers and
-    query. Memory: one dense gradient of the table and SCORES_AT_ONCE scores a few times.
+    target 0 gives the log-sum-exp alone. Differentiable in arrays (dense gradients, shaped like them; those of bfloat16
+    arrays are rounded once), mixers and query. Memory: one dense gradient of the table and SCORES_AT_ONCE scores a few
+    times.
     """
     table = task.catalogue
     fixed = {name: x for name, x in arrays.items() if tables.arrays[name].fixed}

@@ -2,7 +2,7 @@
 
 Every device removes the repeats among its own ids, asks the devices that own the rows for them (all-to-all), and sends
 the summed gradients back the same way; the owner adds what several devices sent and updates each row once. What moves
-is in proportion to the ids of a batch, never to the table. Buffers have a fixed capacity per pair of devices, five
+is in proportion to the ids of a batch, never to the table. Buffers have a fixed capacity per pair of devices, four
 standard deviations above the mean of evenly spread ids; where that is not enough the exchange is repeated with the rows
 split into 2, 4, ... 64 classes, so that every row is updated once and none is lost. Extra rounds are counted, and so
 are rows that found no place even then (`overflow`): a run must not go on after those.
@@ -268,7 +268,7 @@ class Tables:
             position_U = jax.lax.all_gather(position_U, self.axes, tiled=True)
             grads_UD = jax.lax.all_gather(grads_UD, self.axes, tiled=True)
         if whole:
-            state = jnp.zeros(array.shape, jnp.float32) if dense is None else dense
+            state = jnp.zeros(array.shape, jnp.float32) if dense is None else dense.astype(jnp.float32)
 
             def take(state, position_N, grads_ND, merged):
                 return accumulate(spec, state, position_N, grads_ND)

@@ -203,7 +203,7 @@ def test_shards_that_hold_next_to_nothing_and_shards_of_several_blocks(mesh, num
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 4)])
-@pytest.mark.parametrize("order", ["random", "rising", "falling", "tied", "rare"])
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "tied", "rare", "burst"])
 def test_long_lists_over_groups_of_items(mesh, order: str):
     """Blocks of many groups: lists that hardly change from block to block, and lists that change altogether."""
     num_items, block, top_k = 20_000, 128 * GROUP // (1 if mesh == (1, 1, 1) else 8), 40 if mesh == (1, 1, 1) else 5
@@ -211,8 +211,13 @@ def test_long_lists_over_groups_of_items(mesh, order: str):
     if order in ("rising", "falling"):  # of the first query
         by_score = np.argsort(table[1:] @ query[0], kind="stable")
         table[1:] = table[1:][by_score if order == "rising" else by_score[::-1]]
-    if order == "rare":  # the higher a score the fewer items have it: lists end within ties that many groups share
-        table[:, 0], query[:, 1:] = np.random.default_rng(7).geometric(0.5, len(table)), 0
+    if order == "burst":  # one group of the last block fills most of the list
+        query = np.abs(query)
+        table[19_008:19_040] = 10 + np.abs(table[19_008:19_040])
+    if order == "rare":  # few scores above 0, in the first block alone: the list ends within ties of many groups
+        rng = np.random.default_rng(7)
+        few = (rng.random(len(table)) < 0.02) & (np.arange(len(table)) < 4096)
+        table[:, 0], query[:, 1:] = few * rng.integers(1, 4, len(table)), 0
         query[:, 0] = np.arange(1, 7)
     want = plain(query, target, table, seen, top_k)
     check(rank(query, target, table, seen, block=block, top_k=top_k, mesh=mesh), want)

@@ -1,5 +1,6 @@
 """Tables on a mesh: every kind against plain dense arithmetic by id, overflow, and what the compiled step moves."""
 
+import dataclasses
 import math
 
 import jax
@@ -218,9 +219,11 @@ def test_a_large_array_that_the_mesh_cannot_share_is_refused():
         Tables({"t": Table(10**6, 64)}, make_mesh(1, 6, 1))
 
 
-def test_a_dense_gradient_joins_that_of_the_rows():
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_a_dense_gradient_joins_that_of_the_rows(dtype, tolerance):
     """As under a loss over the catalogue: one step of the sum, and the weight decay once."""
-    tables, rng = Tables({"t": TABLES["full"]}, make_mesh(1, 2, 4)), np.random.default_rng(0)
+    spec = dataclasses.replace(TABLES["full"], dtype=dtype)
+    tables, rng = Tables({"t": spec}, make_mesh(1, 2, 4)), np.random.default_rng(0)
     layout, values, ids = tables.arrays["t"], by_slot(TABLES["full"], ""), draw_ids()["history"]
     whole = rng.normal(size=values.shape).astype(np.float32)
     weight = rng.normal(size=(*ids.shape, D)).astype(np.float32)
@@ -237,8 +240,8 @@ def test_a_dense_gradient_joins_that_of_the_rows():
     np.add.at(whole, ids, weight)
     expected = values - RATE * whole - RATE * DECAY * values
     expected[0] = 0.0
-    assert overflow.tolist() == [0, 0]
-    np.testing.assert_allclose(layout.values(array), expected, rtol=1e-4, atol=1e-5)
+    assert overflow.tolist() == [0, 0] and array.dtype == dtype
+    np.testing.assert_allclose(layout.values(array).astype(np.float32), expected, rtol=1e-4 + tolerance, atol=tolerance)
     assert np.count_nonzero(np.asarray(array).any(axis=1)) == IDS  # padding and spare rows stay zero
 
 

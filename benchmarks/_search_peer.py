@@ -1,6 +1,6 @@
 """The best items of each query by faiss and by PyTorch: the other side of benchmarks.evaluation.
 
-    TORCH_PYTHON benchmarks/search_peer.py VECTORS.npy QUERIES.npy K THREADS
+    TORCH_PYTHON benchmarks/_search_peer.py VECTORS.npy QUERIES.npy K THREADS
 
 Needs torch, faiss-cpu and numpy only, so it runs in an environment of its own. "faiss" is IndexFlatIP given all queries
 at once (it makes blocks of its own); "torch N" is matmul and topk over the whole catalogue for N queries at a time. The
@@ -44,6 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 5:
-        sys.exit(print("search_peer.py is started by benchmarks.evaluation: nothing to do."))
     main()
