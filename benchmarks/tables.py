@@ -35,7 +35,7 @@ from recscale.layers.tables import Tables, Update
 from recscale.mesh import make_mesh
 
 ROWS, DIM, LOOKUPS = (10**5, 10**6, 10**7), 64, 16_384
-PEER = Path(__file__).parent / "torch_tables.py"
+PEER = Path(__file__).parent / "_tables_peer.py"
 RULES = ("rowwise_adagrad", "lazy_adam", "sgd")
 MEMORY_SLACK = 1.15
 State = Any

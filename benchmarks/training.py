@@ -5,7 +5,7 @@
 HSTU (position bias only) and SASRec, 8 blocks, D 64, 2 heads, 128 negatives, dropout .2. Data: planted long-tailed
 histories (L 200), and Beauty (L 50) and ML-1M (L 200) from their prepared logs DIR/beauty and DIR/ml-1m. Ours is what a
 user runs: the packed loader with its prefetch, the jitted step, the metrics of a step read while the next one runs;
-"padded" is ours at exactly the shapes of PyTorch. PyTorch (benchmarks/torch_peer.py, in an environment of its own:
+"padded" is ours at exactly the shapes of PyTorch. PyTorch (benchmarks/_torch_peer.py, in an environment of its own:
 `pip install torch==2.13.0 numpy`, its interpreter named by --torch-python or TORCH_PYTHON) trains right-padded rows,
 eagerly and compiled, with negatives of its own for every token, as public code does, or shared by a row, as ours.
 
@@ -42,7 +42,7 @@ from recscale.run import Run, build, init_state
 from recscale.step import make_train_step
 
 RESULTS = Path(__file__).parent / "results"
-PEER = Path(__file__).parent / "torch_peer.py"
+PEER = Path(__file__).parent / "_torch_peer.py"
 MODELS = ("hstu", "sasrec")
 DIM, HEADS, DEPTH, NEGATIVES, DROPOUT = 64, 2, 8, 128, 0.2
 # data set -> (L, rows of a packed batch of ours, users of a padded batch)
@@ -111,7 +111,7 @@ class Ours:
         return self.run.tables.arrays["item"].values(self.state["tables"]["item"])
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """The parameters under the names and in the layouts of torch_peer.Encoder."""
+        """The parameters under the names and in the layouts of _torch_peer.Encoder."""
         model = self.state["model"]
         flat = {"items.weight": self.items(), "positions": model.positions[...]}
         if self.run.config.model_name == "hstu":
@@ -140,7 +140,7 @@ class Ours:
 
 
 class Torch:
-    """torch_peer.py in its own process."""
+    """_torch_peer.py in its own process."""
 
     def __init__(self, python: str, setup: Path):
         self.process = subprocess.Popen(

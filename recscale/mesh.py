@@ -54,9 +54,7 @@ def dense_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
         return REPLICATED
     for axis in sorted((-1, -2), key=lambda a: -shape[a]):
         if shape[axis] % parts == 0:
-            spread = [None] * len(shape)
-            spread[axis] = "model"
-            return PartitionSpec(*spread)
+            return PartitionSpec(*("model" if i == len(shape) + axis else None for i in range(len(shape))))
     return REPLICATED
 
 

@@ -116,7 +116,8 @@ def _gradients(run: Program, loss, learning, batch, index, key):
         def one(step):
             now, i = step
             now = [x if mine is None else mine for mine, x in zip(now, leaves, strict=True)]
-            return part(*jax.tree.unflatten(structure, now), jax.random.fold_in(key, i))
+            batch, index = jax.tree.unflatten(structure, now)
+            return part(batch, index, jax.random.fold_in(key, i))
 
         steps = (split, jnp.arange(parts))
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], steps)))

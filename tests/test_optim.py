@@ -42,7 +42,7 @@ def history(name: str, given: Steps, rates: list[float], decay: float = 0.0) -> 
     """The table by id after every step."""
     rule = optim.TABLE_RULES[name]
     table = jnp.asarray(ARRAY.place(start()))
-    slots = init_slots(ARRAY, rule, table)
+    slots = init_slots(ARRAY, rule)
 
     @jax.jit
     def one(table, slots, ids, grads, rate, step):
@@ -111,7 +111,7 @@ def test_a_sparse_step_is_the_step_of_the_whole_table(name):
     place per step (its products and sums are fused in another order)."""
     rule, sparse = optim.TABLE_RULES[name], history(name, steps(), [0.1] * 6)
     table = jnp.asarray(ARRAY.place(start()))
-    slots = init_slots(ARRAY, rule, table)
+    slots = init_slots(ARRAY, rule)
 
     @jax.jit
     def one(table, slots, total, step):
@@ -224,7 +224,7 @@ def test_weight_decay_is_decoupled_and_reaches_touched_rows_once_a_step(name):
 def test_a_step_of_padding_alone_changes_nothing(name):
     rule = optim.TABLE_RULES[name]
     table = jnp.asarray(ARRAY.place(start()))
-    slots = {slot: jnp.ones_like(x) for slot, x in init_slots(ARRAY, rule, table).items()}
+    slots = {slot: jnp.ones_like(x) for slot, x in init_slots(ARRAY, rule).items()}
     how = {"learning_rate": jnp.float32(0.1), "weight_decay": 0.1, "step": jnp.int32(0), "key": jax.random.key(0)}
     position = ARRAY.touched(jnp.zeros(N, jnp.int32))
     run = jax.jit(lambda table, slots: write(ARRAY, rule, table, slots, position, jnp.ones((N, D)), **how))

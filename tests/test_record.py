@@ -34,7 +34,12 @@ def test_a_run_leaves_every_field_of_the_contract(tmp_path):
     assert book["devices"] == {"kind": "cpu", "platform": "cpu", "count": 8} and book["hosts"] == 1
     assert set(book["parameters"]) == {"tables", "dense", "context_tables", "head", "codebooks"}
     assert set(book["flops"]) == {"projections", "attention", "head", "train_total", "lookup_bytes"}
-    assert set(book["table"]) == {"rows", "dim", "bytes", "hashed"}
+    sizes = {"kind", "rows", "dim", "bytes", "bytes_per_item", "arrays"}
+    assert set(book["table"]) == sizes | {"extra_rounds", "lost_rows", "information_abundance"}
+    assert book["table"]["lost_rows"] == 0 and 1 <= book["table"]["information_abundance"] <= 8
+    array = book["table"]["arrays"]["item"]
+    assert array["collisions_any"] == 0 and array["rows_touched"] == book["seen"]["unique_items"]
+    assert sum(array["row_frequency_histogram"]) == array["rows"] == book["table"]["rows"]
     counts = {"examples", "events", "unique_users", "unique_items", "epochs", "fill", "dropped"}
     assert counts <= set(book["seen"])
     assert book["stopped_at"] == book["steps"] == book["selected_step"] > 0  # steps: the planned budget

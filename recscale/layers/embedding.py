@@ -164,9 +164,9 @@ def distinct(position_N: jax.Array, size: int) -> Distinct:
     return Distinct(spare, inverse)
 
 
-def init_slots(spec: Array, rule: RowRule, array: jax.Array) -> dict[str, jax.Array]:
-    """Optimizer slots of an array (or of a shard of it), zeros."""
-    shapes = {"row": (array.shape[0] * spec.pack,), "element": array.shape}
+def init_slots(spec: Array, rule: RowRule) -> dict[str, jax.Array]:
+    """Optimizer slots of an array, zeros."""
+    shapes = {"row": (spec.size,), "element": spec.shape}
     return {name: jnp.zeros(shapes[kind], jnp.float32) for name, kind in rule.slots.items()}
 
 
@@ -215,7 +215,7 @@ def write(
     return array, out
 
 
-def _lines(spec: Array, lines: int, position_N, grads_ND, merged: bool):
+def _lines(spec: Array, lines: int, position_N, grads_ND, merged: bool) -> tuple[jax.Array, jax.Array, Any]:
     """Gradients summed by line: distinct lines [N] (spare ones beyond the shard), [N, pack, D], and which were hit."""
     if spec.pack == 1 and merged:
         return position_N, grads_ND[:, None], None

@@ -103,7 +103,9 @@ class _Block(NamedTuple):
 
     def kept(self, protocol: str) -> jax.Array:
         """Which items the protocol ranks, [Q or 1, g, G]."""
-        return self.real_gG[None] & ~self.hidden_QgG if protocol == "unseen" else self.real_gG[None]
+        if protocol == "unseen" and self.hidden_QgG is not None:
+            return self.real_gG[None] & ~self.hidden_QgG
+        return self.real_gG[None]
 
 
 class _Sweep:
@@ -132,9 +134,9 @@ class _Sweep:
         zero_Q = jnp.zeros(target_Q.shape, jnp.float32)
         Q, lists = len(target_Q), self.protocols if self.top_k else ()
         empty = (jnp.full((Q, self.top_k), -jnp.inf), jnp.zeros((Q, self.top_k), jnp.int32))
-        start = {"target": zero_Q, "finite": zero_Q == 0, "high": zero_Q - jnp.inf, "mass": zero_Q}
+        start: dict[str, Any] = {"target": zero_Q, "finite": zero_Q == 0, "high": zero_Q - jnp.inf, "mass": zero_Q}
         start["top"] = {name: empty for name in lists}
-        found = self.join(sweep(functools.partial(self.first, target_Q), start))
+        found: dict[str, Any] = self.join(sweep(functools.partial(self.first, target_Q), start))
         out = {"finite": found["finite"], "log_prob": found["target"] - found["high"] - jnp.log(found["mass"])}
         out |= {f"top/{name}": ids_QK for name, (_, ids_QK) in found["top"].items()}
         if self.protocols:

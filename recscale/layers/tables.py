@@ -114,7 +114,7 @@ class Tables:
 
     def init_slots(self, name: str, rule: RowRule) -> dict[str, jax.Array]:
         """Zero optimizer slots of an array."""
-        return init_slots(self.arrays[name], rule, jax.ShapeDtypeStruct(self.arrays[name].shape, jnp.float32))
+        return init_slots(self.arrays[name], rule)
 
     # A step ---------------------------------------------------------------------------------------------------------
 
@@ -256,46 +256,43 @@ class Tables:
         return jax.lax.fori_loop(0, route.rounds, round_, start), route.overflow
 
     def _update(self, name, array, slots, position_U, grads_UD, how, step, key, dense):
-        spec = self.arrays[name]
-        settings = {
-            "learning_rate": how.learning_rate, "weight_decay": how.weight_decay, "step": step, "key": key,
-        }  # fmt: skip
-        sharded = self.mesh.size > 1 and self.is_sharded(spec)
-        first = self._device() * (spec.size // self.mesh.size) if sharded else 0
-        whole = how.rule.whole or dense is not None
-        overflow = jnp.zeros((2,), jnp.int32)
-        if self.mesh.size > 1 and not sharded:
-            position_U = jax.lax.all_gather(position_U, self.axes, tiled=True)
-            grads_UD = jax.lax.all_gather(grads_UD, self.axes, tiled=True)
-        if whole:
-            state = jnp.zeros(array.shape, jnp.float32) if dense is None else dense.astype(jnp.float32)
+        spec, decay = self.arrays[name], how.weight_decay
+        first = self._device() * (spec.size // self.mesh.size) if self.mesh.size > 1 and self.is_sharded(spec) else 0
+        settings = {"learning_rate": how.learning_rate, "weight_decay": decay, "step": step, "key": key, "first": first}
 
-            def take(state, position_N, grads_ND, merged):
-                return accumulate(spec, state, position_N, grads_ND)
+        if how.rule.whole or dense is not None:
 
-        else:
-            state = (array, slots)
+            def add(total, position_N, grads_ND, merged):
+                return accumulate(spec, total, position_N, grads_ND)
 
-            def take(state, position_N, grads_ND, merged):
-                return write(
-                    spec, how.rule, *state, position_N, grads_ND, first=first, merged=merged, **settings
-                )  # fmt: skip
+            start = jnp.zeros(array.shape, jnp.float32) if dense is None else dense.astype(jnp.float32)
+            total, overflow = self._receive(spec, position_U, grads_UD, add, start)
+            return *write_whole(spec, how.rule, array, slots, total, **settings), overflow
 
-        if sharded:
-            route = Route(self.axes, self.mesh.size, spec.size, position_U)
+        def learn(state, position_N, grads_ND, merged):
+            array, slots = state
+            return write(spec, how.rule, array, slots, position_N, grads_ND, merged=merged, **settings)
 
-            def round_(i, state):
-                _, index = route.places(i)
-                ids = route.swap(route.fill(index, route.local, route.rows)).reshape(-1)
-                grads = route.swap(route.fill(index, grads_UD, 0.0)).reshape(-1, spec.dim)
-                return take(state, ids, grads, False)
+        (array, slots), overflow = self._receive(spec, position_U, grads_UD, learn, (array, slots))
+        return array, slots, overflow
 
-            state, overflow = jax.lax.fori_loop(0, route.rounds, round_, state), route.overflow
-        else:
-            state = take(state, position_U, grads_UD, self.mesh.size == 1)
-        if whole:
-            state = write_whole(spec, how.rule, array, slots, state, first=first, **settings)
-        return *state, overflow
+    def _receive(self, spec, position_U, grads_UD, take, state):
+        """take(state, positions, gradients, whether they are distinct) for all that reaches this device's rows."""
+        zero = jnp.zeros((2,), jnp.int32)
+        if self.mesh.size == 1:
+            return take(state, position_U, grads_UD, True), zero
+        if not self.is_sharded(spec):
+            everything = (jax.lax.all_gather(x, self.axes, tiled=True) for x in (position_U, grads_UD))
+            return take(state, *everything, False), zero
+        route = Route(self.axes, self.mesh.size, spec.size, position_U)
+
+        def round_(i, state):
+            _, index = route.places(i)
+            position_N = route.swap(route.fill(index, route.local, route.rows)).reshape(-1)
+            grads_ND = route.swap(route.fill(index, grads_UD, 0.0)).reshape(-1, spec.dim)
+            return take(state, position_N, grads_ND, False)
+
+        return jax.lax.fori_loop(0, route.rounds, round_, state), route.overflow
 
     # The whole catalogue, shard by shard ----------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ def after_steps(array: Array, rule: RowRule, weight_decay: float, unit: float) -
     """Rows [size, D] ("") and optimizer slots [size, 1 or D] after three steps; gradients are multiples of `unit`."""
     rng = np.random.default_rng(2)
     values = jnp.asarray(array.place(rng.integers(-128, 128, (array.num_rows + 1, array.dim)) / 128))
-    state = values, init_slots(array, rule, values)
+    state = values, init_slots(array, rule)
     assert state[1].keys() == rule.slots.keys()
     position, grads = positions_and_gradients(array)
     grads = np.round(grads / unit) * np.float32(unit)

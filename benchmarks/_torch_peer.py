@@ -1,6 +1,6 @@
 """HSTU and SASRec written plainly in PyTorch, as public code trains them: the other side of benchmarks.training.
 
-    TORCH_PYTHON benchmarks/torch_peer.py SETUP.npz
+    TORCH_PYTHON benchmarks/_torch_peer.py SETUP.npz
 
 Needs torch and numpy only, so it runs in an environment of its own. Rows are right-padded to L, the item table is a
 dense nn.Embedding, AdamW steps over everything, the loss is a sampled softmax with cosine scores. Negatives are drawn

@@ -1,6 +1,6 @@
 """An embedding table trained plainly in PyTorch: the other side of benchmarks.tables.
 
-    TORCH_PYTHON benchmarks/torch_tables.py
+    TORCH_PYTHON benchmarks/_tables_peer.py
 
 nn.Embedding(sparse=True) with SparseAdam. Needs torch and numpy only. Reads JSON lines {"rows", "dim", "lookups",
 "steps", "seed", "threads"} from stdin and answers each with a line {"seconds": [...]}, one value a step.
