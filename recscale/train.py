@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -168,8 +169,9 @@ _norm = jax.jit(optax.tree.norm)
 
 
 def parameters_finite(state: dict[str, Any]) -> bool:
-    """Whether the square of every parameter, tables included, is finite in float32."""
-    return math.isfinite(_norm((state["model"], state["tables"])))
+    """Whether the square of every parameter, tables included, is finite in float32. Integer codes are no parameters."""
+    leaves = jax.tree.leaves((state["model"], state["mixers"], state["tables"]))
+    return math.isfinite(_norm([x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]))
 
 
 def _open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -336,3 +337,15 @@ def test_selection_and_patience(log):
     assert train.out_of_patience(rows_of({10: 2.0, 20: 3.0, 30: 2.0}), lowest, 30)
     assert not train.out_of_patience(rows_of({10: 2.0, 20: 3.0, 30: 1.9}), lowest, 30)
     assert not train.out_of_patience(rows_of({10: 2.0, 90: 3.0}), highest, 90)  # patience 0 never stops
+
+
+def test_codes_are_no_parameters():
+    """Large integers, whose squares overflow, say nothing about divergence; a NaN in a table does."""
+    state = {
+        "model": jnp.ones(3),
+        "mixers": {},
+        "tables": {"item.codes": jnp.full((4000, 1), 3000), "item": jnp.ones(2)},
+    }
+    assert train.parameters_finite(state)
+    state["tables"]["item"] = jnp.asarray([1.0, jnp.nan])
+    assert not train.parameters_finite(state)

@@ -6,11 +6,13 @@ The encoder is the same in every cell; what differs is how an item id becomes a 
 """
 
 import csv
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -160,15 +162,29 @@ def draw(lines: list[dict[str, object]], path: Path, limit: float) -> None:
                     y = [float(str(line[metric])) for line in mine]
                     bars = [1.645 * float(str(line[f"{metric}.sd"] or 0.0)) for line in mine]
                     panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.4, capsize=2, label=kind, color=colours[kind])
+                    if metric == "nats":
+                        _note_what_is_off(panel, x, y, ITEMS[data], colours[kind])
                 if metric == "nats" and data == "planted":
                     panel.axhline(limit, color=FLOOR, ls="--", lw=1, label=f"known floor {limit:.3f}")
                 panel.set_xscale("log", base=2)
+                panel.set_xticks([4, 16, 64, 256, 1024], ["4", "16", "64", "256", "1024"])
                 panel.set_title(f"{data}: {label}")
                 if row == len(METRICS) - 1:
                     panel.set_xlabel("stored bytes per item")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
         figure.savefig(path)
+
+
+def _note_what_is_off(panel: Axes, x: list[float], y: list[float], items: int, colour: Any) -> None:
+    """Cut the panel a little above the loss of a uniform guess, and write the value of what lies beyond."""
+    top = math.log(items) + 0.3
+    panel.set_ylim(top=top)
+    for place, value in zip(x, y, strict=True):
+        if value > top:
+            panel.annotate(
+                f"{value:.1f}", (place, top), (0, -14), textcoords="offset points", color=colour, ha="center"
+            )
 
 
 def write_report(folder: Path) -> Path:

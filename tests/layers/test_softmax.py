@@ -106,7 +106,8 @@ def test_values_and_gradients_are_those_of_all_scores_at_once(kind, mesh, score,
         name = tables.parts("item")[part]
         layout = tables.arrays[name]
         assert grads[name].shape == arrays[name].shape
-        np.testing.assert_allclose(layout.values(grads[name])[1:], by_slot[1:], rtol=1e-4, atol=1e-5)
+        # Under the cosine a gradient is divided by the length of its vector, and rounding with it.
+        np.testing.assert_allclose(layout.values(grads[name])[1:], by_slot[1:], rtol=1e-4, atol=1e-4)
         assert np.count_nonzero(np.any(np.asarray(grads[name]) != 0, axis=1)) <= layout.num_rows  # padding has none
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), mixer_grad, want[0][1])
     np.testing.assert_allclose(query_grad, want[0][2], rtol=1e-4, atol=1e-4)

@@ -287,8 +287,8 @@ def overflowing(num_ids: int, same_class: bool):
 
 def test_ids_that_all_live_on_one_device_take_more_rounds_and_none_is_lost():
     found, expected, overflow, _ = overflowing(20_000, same_class=False)
-    assert exchange.capacity(512, 8) == 104
-    assert overflow == ([7, 0], [7, 0])  # 512 rows, 104 a round: 8 rounds of 64
+    assert exchange.capacity(512, 8) == 96
+    assert overflow == ([7, 0], [7, 0])  # 512 rows, 96 a round: 8 rounds of 64
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-6)  # every row once, decay included
 
@@ -296,7 +296,7 @@ def test_ids_that_all_live_on_one_device_take_more_rounds_and_none_is_lost():
 def test_rows_beyond_all_rounds_are_counted(monkeypatch):
     monkeypatch.setattr(exchange, "MOST_ROUNDS", 2)
     found, expected, overflow, ids = overflowing(20_000, same_class=False)
-    lost = 8 * (512 - 2 * 104)
+    lost = 8 * (512 - 2 * 96)
     assert overflow == ([1, lost], [1, lost])
     arrived = np.all(found[0] == expected[0], axis=-1)
     assert (~arrived).sum() == lost
@@ -309,7 +309,7 @@ def test_rows_beyond_all_rounds_are_counted(monkeypatch):
 def test_the_last_resort_is_counted_too():
     """All ids in one class of one device: splitting into classes helps nothing."""
     _, _, overflow, _ = overflowing(2**18, same_class=True)
-    assert overflow == ([63, 8 * (512 - 104)],) * 2
+    assert overflow == ([63, 8 * (512 - 96)],) * 2
 
 
 # What the compiled step costs ----------------------------------------------------------------------------------------
