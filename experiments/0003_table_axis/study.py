@@ -162,10 +162,10 @@ def draw(lines: list[dict[str, object]], path: Path, limit: float) -> None:
                     y = [float(str(line[metric])) for line in mine]
                     bars = [1.645 * float(str(line[f"{metric}.sd"] or 0.0)) for line in mine]
                     panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.4, capsize=2, label=kind, color=colours[kind])
-                    if metric == "nats":
-                        _note_what_is_off(panel, x, y, ITEMS[data], colours[kind])
                 if metric == "nats" and data == "planted":
                     panel.axhline(limit, color=FLOOR, ls="--", lw=1, label=f"known floor {limit:.3f}")
+                if metric == "nats":
+                    _note_what_is_off(panel, [line for line in lines if line["data"] == data], ITEMS[data], colours)
                 panel.set_xscale("log", base=2)
                 panel.set_xticks([4, 16, 64, 256, 1024], ["4", "16", "64", "256", "1024"])
                 panel.set_title(f"{data}: {label}")
@@ -176,15 +176,14 @@ def draw(lines: list[dict[str, object]], path: Path, limit: float) -> None:
         figure.savefig(path)
 
 
-def _note_what_is_off(panel: Axes, x: list[float], y: list[float], items: int, colour: Any) -> None:
+def _note_what_is_off(panel: Axes, lines: list[dict[str, object]], items: int, colours: dict[str, Any]) -> None:
     """Cut the panel a little above the loss of a uniform guess, and write the value of what lies beyond."""
     top = math.log(items) + 0.3
-    panel.set_ylim(top=top)
-    for place, value in zip(x, y, strict=True):
-        if value > top:
-            panel.annotate(
-                f"{value:.1f}", (place, top), (0, -14), textcoords="offset points", color=colour, ha="center"
-            )
+    values = [(float(str(line["bytes_per_item"])), float(str(line["nats"])), str(line["kind"])) for line in lines]
+    panel.set_ylim(min(panel.get_ylim()[0], min(y for _, y, _ in values) - 0.2), top)
+    for x, y, kind in values:
+        if y > top:
+            panel.annotate(f"{y:.1f}", (x, top), (0, -14), textcoords="offset points", color=colours[kind], ha="center")
 
 
 def write_report(folder: Path) -> Path:
