@@ -66,7 +66,7 @@ def assert_same_run(config: ConfigDict, broken: Path, unbroken: Path) -> None:
 def arguments(config: ConfigDict, log: Path, workdir: Path) -> list[str]:
     """The command line of a tiny HSTU run: every difference from the shipped config as an override."""
     found = [sys.executable, "-m", "recscale.train", "--config=configs/hstu_planted.py", f"--workdir={workdir}"]
-    for section in ("data", "loader", "model", "task", "optim", "train", "eval"):
+    for section in ("data", "loader", "model", "table", "task", "optim", "train", "eval"):
         for key, value in config[section].items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             if not (isinstance(value, tuple) and len(value) != 1):
