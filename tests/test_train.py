@@ -349,3 +349,11 @@ def test_codes_are_no_parameters():
     assert train.parameters_finite(state)
     state["tables"]["item"] = jnp.asarray([1.0, jnp.nan])
     assert not train.parameters_finite(state)
+
+
+def test_a_lost_table_row_ends_the_run_with_an_error():
+    progress = train.Progress(10, 0, 1.0, 0.0)
+    fine = {"loss": jnp.float32(1.0), "lost_rows": jnp.int32(0)}
+    assert train._read((1, fine), None, progress, 0) == ("ok", "")
+    with pytest.raises(ValueError, match=r"step 2: the exchange of table rows lost 3 rows"):
+        train._read((2, fine | {"lost_rows": jnp.int32(3)}), None, progress, 0)
