@@ -1,198 +1,323 @@
-"""Least squares for one form on one axis: variable projection for many data vectors at once, polish, certificate.
+"""Minimising the Huber loss of a form: seeds, polish, many refits at once, and the certificate of a minimum.
 
-N points, S data vectors fitted at once (bootstrap draws), G exponents of the search grid, Q linear coefficients.
-Everything is divided by sigma first, so a residual of 1 is one standard deviation.
+Residuals are ln y^ - ln y ("log") or y^ - y ("identity"), divided by the unit of each point (its sigma where known).
+rho(r) = r^2/2 up to delta, delta (|r| - delta/2) beyond; delta = inf is least squares. The reference optimiser is BFGS
+with exact gradients in whitened coordinates, on the loss divided by its own scale; bootstraps and profiles go through
+`solve_many`, a damped Newton method for many fits at once, and tests hold the two against each other.
+
+S fits at once, N points, K axes, Q inner coordinates, C starts.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy import optimize
 
-from recscale.scaling.forms import EXPONENT_BOUNDS, Form
+from recscale.scaling.forms import Form
+from recscale.scaling.points import Points
 
-GRADIENT_LIMIT = 1e-2
-CONDITION_LIMIT = 1e10
 STARTS = 8
 AGREEING_STARTS = 3
+AGREEMENT = 1e-6
+GRADIENT_LIMIT = 1e-2
+CONDITION_LIMIT = 1e10
+POINTS_PER_PARAMETER = 3
+ITERATIONS = 300
+PATIENCE = 6
+SCALES = ("log", "identity")
 
 
 @dataclasses.dataclass(frozen=True)
-class Points:
-    """The data of one axis: log_x_N, y_N, sigma_N (ones where unknown), centre = mean of log x."""
+class Objective:
+    """The loss of one form on one set of points; delta in residual units, inf for least squares."""
 
-    log_x_N: np.ndarray
+    form: Form
+    z_KN: np.ndarray
     y_N: np.ndarray
-    sigma_N: np.ndarray
-    centre: float
+    unit_N: np.ndarray
+    weight_N: np.ndarray
+    centre_K: np.ndarray
+    scale: str
+    delta: float
 
     @property
-    def z_N(self) -> np.ndarray:
-        return self.log_x_N - self.centre
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper bounds of the inner coordinates."""
+        return self.form.bounds(len(self.z_KN))
+
+    def residuals(self, theta_SQ: np.ndarray, y_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Residuals [S, N] and derivatives [S, N, Q]; infinite where a logarithm does not exist."""
+        value_SN, jacobian_SNQ = self.form.curve(theta_SQ, self.z_KN)
+        if self.scale == "identity":
+            return (value_SN - y_SN) / self.unit_N, jacobian_SNQ / self.unit_N[:, None]
+        good_SN = value_SN > 0
+        safe_SN = np.where(good_SN, value_SN, 1.0)
+        residual_SN = np.where(good_SN, (np.log(safe_SN) - np.log(y_SN)) / self.unit_N, np.inf)
+        return residual_SN, jacobian_SNQ / (safe_SN * self.unit_N)[..., None]
+
+    def loss(self, residual_SN: np.ndarray, weight_SN: np.ndarray) -> np.ndarray:
+        """Weighted sum of rho, [S]."""
+        return (weight_SN * rho(residual_SN, self.delta)).sum(-1)
+
+    def at(self, theta_Q: np.ndarray) -> float:
+        """The loss of one parameter vector on the points' own data."""
+        return float(self.loss(self.residuals(theta_Q[None], self.y_N[None])[0], self.weight_N)[0])
 
 
-def points(x: np.ndarray, y: np.ndarray, sigma: np.ndarray | float | None = None) -> Points:
-    """Checks the data of an axis and sorts it by x. Raises ValueError naming what is wrong."""
-    x_N, y_N = np.asarray(x, np.float64).ravel(), np.asarray(y, np.float64).ravel()
-    if x_N.shape != y_N.shape or not len(x_N):
-        raise ValueError(f"x and y: found {len(x_N)} and {len(y_N)} values, expected as many of both, at least one")
-    sigma_N = np.broadcast_to(np.asarray(1.0 if sigma is None else sigma, np.float64), x_N.shape)
-    for name, values, good in (
-        ("x", x_N, np.isfinite(x_N) & (x_N > 0)),
-        ("y", y_N, np.isfinite(y_N)),
-        ("sigma", sigma_N, np.isfinite(sigma_N) & (sigma_N > 0)),
-    ):
-        if not good.all():
-            raise ValueError(f"{name}: found {values[~good][0]}, expected finite numbers, x and sigma above 0")
-    order = np.lexsort((y_N, x_N))
-    log_x_N = np.log(x_N[order])
-    return Points(log_x_N, y_N[order], sigma_N[order], float(log_x_N.mean()))
+def objective(form: Form, points: Points, scale: str, delta: float) -> Objective:
+    """The loss of `form` on `points`. Raises ValueError where form, scale and data do not go together."""
+    k, (fewest, most) = len(points.axes), form.axes
+    if k < fewest or (most and k > most):
+        wanted = f"{fewest}" if most == fewest else f"{fewest} or more" if not most else f"{fewest} to {most}"
+        raise ValueError(f"form {form.name}: found {k} axes ({', '.join(points.axes)}), expected {wanted}")
+    if scale not in SCALES:
+        raise ValueError(f"scale: found {scale!r}, expected one of {', '.join(SCALES)}")
+    if (scale == "log" or form.positive_y) and not (points.y_N > 0).all():
+        low = points.y_N.min()
+        raise ValueError(
+            f"{points.metric}: found {low:g}, expected values above 0 for {form.name} on the {scale} scale"
+        )
+    at_KN = form.coordinates(points.x_KN)
+    centre_K = form.centre(at_KN)
+    unit_N = np.ones(len(points)) if points.sigma_N is None else points.sigma_N.copy()
+    if scale == "log" and points.sigma_N is not None:
+        unit_N = unit_N / points.y_N
+    return Objective(form, at_KN - centre_K[:, None], points.y_N, unit_N, points.weight_N, centre_K, scale, delta)
 
 
-def solve(form: Form, data: Points, y_SN: np.ndarray, alpha_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best linear coefficients [S, Q] and the weighted residual sum of squares [S] at given exponents."""
-    design_SNQ = form.design(alpha_S, data.z_N) / data.sigma_N[:, None]
-    basis_SNQ, upper_SQQ = np.linalg.qr(design_SNQ)
-    scaled_SN = y_SN / data.sigma_N
-    part_SQ = np.einsum("snq,sn->sq", basis_SNQ, scaled_SN)
-    rss_S = np.square(scaled_SN - np.einsum("snq,sq->sn", basis_SNQ, part_SQ)).sum(-1)
-    return np.linalg.solve(upper_SQQ, part_SQ[..., None])[..., 0], rss_S
+def rho(residual: np.ndarray, delta: float) -> np.ndarray:
+    """Huber's loss."""
+    size = np.abs(residual)
+    if math.isinf(delta):
+        return 0.5 * np.square(size)
+    return np.where(size <= delta, 0.5 * np.square(size), delta * (size - 0.5 * delta))
 
 
-def search(form: Form, data: Points, y_SN: np.ndarray) -> np.ndarray:
-    """rss_SG: the residual sum of squares of every data vector at every exponent of the grid."""
-    design_GNQ = form.design(form.seeds, data.z_N) / data.sigma_N[:, None]
-    basis_GNQ = np.linalg.qr(design_GNQ)[0]
-    scaled_SN = y_SN / data.sigma_N
-    part_GSQ = np.einsum("sn,gnq->gsq", scaled_SN, basis_GNQ, optimize=True)
-    rss_SG = np.empty((len(y_SN), len(basis_GNQ)))
-    for index, (basis_NQ, part_SQ) in enumerate(zip(basis_GNQ, part_GSQ, strict=True)):
-        rss_SG[:, index] = np.square(scaled_SN - part_SQ @ basis_NQ.T).sum(-1)
-    return rss_SG
+def pull(residual: np.ndarray, delta: float) -> np.ndarray:
+    """psi(r)/r: 1 inside delta, delta/|r| beyond."""
+    return (
+        np.ones_like(residual) if math.isinf(delta) else np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+    )
 
 
-def fit_many(form: Form, data: Points, y_SN: np.ndarray, lower: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Fits S data vectors at once: parameters_SP and weighted residual sums of squares rss_S.
-
-    lower: bound of the form's floor; where the free optimum lies below it, the floor stands on the bound and the rest
-    is fitted as a plain power (`pow`).
-    """
-    y_SN = np.atleast_2d(y_SN)
-    if not form.has_exponent:
-        coefficients_SQ, rss_S = solve(form, data, y_SN, np.ones(len(y_SN)))
-        return form.natural(coefficients_SQ, np.ones(len(y_SN)), data.centre), rss_S
-    log_S = np.log(form.seeds[search(form, data, y_SN).argmin(-1)])
-    low, high = np.log(EXPONENT_BOUNDS)
-    width = 0.05
-    for _ in range(6):  # parabolas through three exponents, each time on a narrower stretch
-        rss_3S = [solve(form, data, y_SN, np.exp(np.clip(log_S + side * width, low, high)))[1] for side in (-1, 0, 1)]
-        bend_S = rss_3S[0] - 2 * rss_3S[1] + rss_3S[2]
-        tilt_S = rss_3S[0] - rss_3S[2]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shift_S = np.where(bend_S > 0, 0.5 * tilt_S / bend_S, np.sign(tilt_S))
-        log_S = np.clip(log_S + width * np.clip(np.nan_to_num(shift_S), -1, 1), low, high)
-        width *= 0.4
-    alpha_S = np.exp(log_S)
-    coefficients_SQ, rss_S = solve(form, data, y_SN, alpha_S)
-    parameters_SP = form.natural(coefficients_SQ, alpha_S, data.centre)
-    if form.floor is None or lower is None:
-        return parameters_SP, rss_S
-    return _on_bound(form, data, y_SN, lower, parameters_SP, rss_S)
+def starts(goal: Objective) -> np.ndarray:
+    """The best seeds of the form by variable projection on relative residuals, inside the bounds, [C, Q]."""
+    row_N = np.sqrt(goal.weight_N) / (goal.unit_N * (goal.y_N if goal.scale == "log" else 1.0))
+    theta_CQ, rss_C = goal.form.seeds(goal.z_KN, goal.y_N, row_N)
+    return np.clip(theta_CQ[np.argsort(rss_C, kind="stable")[:STARTS]], *goal.bounds)
 
 
-def _on_bound(
-    form: Form, data: Points, y_SN: np.ndarray, lower: float, parameters_SP: np.ndarray, rss_S: np.ndarray
+Tie = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def solve_many(
+    goal: Objective,
+    theta_SQ: np.ndarray,
+    y_SN: np.ndarray | None = None,
+    weight_SN: np.ndarray | None = None,
+    tie: Tie | None = None,
+    iterations: int = ITERATIONS,
+    tolerance: float = 1e-13,
 ) -> tuple[np.ndarray, np.ndarray]:
-    from_floor = form.parameters.index(form.floor)
-    below_S = parameters_SP[:, from_floor] < lower
-    if below_S.any():
-        rest_SP, rest_rss_S = fit_many(form.without_floor(), data, y_SN[below_S] - lower)
-        parameters_SP[below_S] = np.insert(rest_SP, from_floor, lower, axis=1)
-        rss_S[below_S] = rest_rss_S
-    return parameters_SP, rss_S
+    """Minimises S losses at once from theta_SQ: the minimisers [S, Q] and their losses [S].
+
+    y_SN, weight_SN: data and weights of each fit (default: the points' own). tie(theta_SQ) -> (residual_S, gradient_SQ)
+    adds residual^2 / 2 to each loss, which holds a function of the parameters near a value. A fit is done when its
+    loss fell by less than tolerance of itself in each of several steps.
+    Newton steps on the Huber loss (only points inside delta have curvature), damped towards the majorising step in
+    which every point has curvature delta/|r|; that step always descends, so the damping ends.
+    """
+    theta_SQ = np.array(theta_SQ, np.float64)
+    count, n = len(theta_SQ), len(goal.y_N)
+    y_SN = np.broadcast_to(goal.y_N if y_SN is None else y_SN, (count, n))
+    weight_SN = np.broadcast_to(goal.weight_N if weight_SN is None else weight_SN, (count, n))
+    alive, damping_S = np.arange(count), np.full(count, 1e-3)
+    loss_S, grad_SQ, newton, major = _expand(goal, theta_SQ, y_SN, weight_SN, tie)
+    still_S = np.zeros(count, np.int64)
+    for _ in range(iterations):
+        step_AQ = _step(goal, theta_SQ[alive], grad_SQ[alive], newton[alive], major[alive], damping_S[alive])
+        tried_AQ = np.clip(theta_SQ[alive] + step_AQ, *goal.bounds)
+        loss_A, grad_A, newton_A, major_A = _expand(goal, tried_AQ, y_SN[alive], weight_SN[alive], tie)
+        better_A = loss_A < loss_S[alive]
+        moved = alive[better_A]
+        gained_A = np.where(better_A, loss_S[alive] - loss_A, 0.0)
+        theta_SQ[moved], loss_S[moved] = tried_AQ[better_A], loss_A[better_A]
+        grad_SQ[moved], newton[moved], major[moved] = grad_A[better_A], newton_A[better_A], major_A[better_A]
+        damping_S[alive] = np.clip(damping_S[alive] * np.where(better_A, 0.2, 5.0), 1e-9, 1e9)
+        small_A = gained_A <= tolerance * np.maximum(np.abs(loss_S[alive]), 1e-300)
+        still_S[alive] = np.where(small_A, still_S[alive] + 1, 0)
+        alive = alive[still_S[alive] < PATIENCE]
+        if not len(alive):
+            break
+    return theta_SQ, loss_S
 
 
-def residual_and_jacobian(form: Form, data: Points, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted residual_N and its Jacobian_NP at theta = (coefficients, exponent if any), in centred coordinates."""
-    coefficients, alpha = (theta[:-1], theta[-1]) if form.has_exponent else (theta, 1.0)
-    design_NQ = form.design(np.asarray(alpha), data.z_N)
-    columns = [design_NQ]
-    if form.design_slope is not None:
-        columns.append((form.design_slope(np.asarray(alpha), data.z_N) @ coefficients)[:, None])
-    residual_N = (design_NQ @ coefficients - data.y_N) / data.sigma_N
-    return residual_N, np.concatenate(columns, -1) / data.sigma_N[:, None]
+def _expand(
+    goal: Objective, theta_SQ: np.ndarray, y_SN: np.ndarray, weight_SN: np.ndarray, tie: Tie | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, gradient and the two curvature matrices at theta."""
+    with np.errstate(all="ignore"):
+        residual_SN, jacobian_SNQ = goal.residuals(theta_SQ, y_SN)
+        pull_SN = weight_SN * pull(residual_SN, goal.delta)
+        inside_SN = weight_SN * (np.abs(residual_SN) <= goal.delta)
+        loss_S = goal.loss(residual_SN, weight_SN)
+        slope_SN = np.where(np.isfinite(residual_SN), pull_SN * residual_SN, 0.0)
+        grad_SQ = np.matmul(slope_SN[:, None], jacobian_SNQ)[:, 0]
+        turned_SQN = jacobian_SNQ.swapaxes(1, 2)
+        major_SQQ = np.matmul(turned_SQN * pull_SN[:, None], jacobian_SNQ)
+        newton_SQQ = major_SQQ if math.isinf(goal.delta) else np.matmul(turned_SQN * inside_SN[:, None], jacobian_SNQ)
+        if tie is not None:
+            value_S, slope_SQ = tie(theta_SQ)
+            loss_S = loss_S + 0.5 * np.square(value_S)
+            grad_SQ = grad_SQ + value_S[:, None] * slope_SQ
+            outer_SQQ = slope_SQ[:, :, None] * slope_SQ[:, None]
+            major_SQQ, newton_SQQ = major_SQQ + outer_SQQ, newton_SQQ + outer_SQQ
+        bad_S = ~(np.isfinite(loss_S) & np.isfinite(grad_SQ).all(-1) & np.isfinite(major_SQQ).all((-1, -2)))
+    return np.where(bad_S, np.inf, loss_S), grad_SQ, newton_SQQ, major_SQQ
 
 
-def polish(form: Form, data: Points) -> tuple[np.ndarray, np.ndarray]:
-    """The best theta_P and the residual sums of squares of all starts, from the seeds spread over the exponent grid."""
-    if not form.has_exponent:
-        coefficients, rss = solve(form, data, data.y_N[None], np.ones(1))
-        return coefficients[0], np.repeat(rss, AGREEING_STARTS)
-    rss_G = search(form, data, data.y_N[None])[0]
-    blocks = np.array_split(np.arange(len(rss_G))[form.seeds > 1e-3], STARTS - 1)
-    chosen = [int(rss_G.argmin()), *(int(block[rss_G[block].argmin()]) for block in blocks)]
-    alpha_S = form.seeds[chosen]
-    coefficients_SQ, _ = solve(form, data, np.broadcast_to(data.y_N, (len(chosen), len(data.y_N))), alpha_S)
-    thetas, sums = [], []
-    for coefficients, alpha in zip(coefficients_SQ, alpha_S, strict=True):
-        found = optimize.leastsq(
-            lambda theta: residual_and_jacobian(form, data, theta)[0],
-            np.append(coefficients, alpha),
-            Dfun=lambda theta: residual_and_jacobian(form, data, theta)[1],
-            xtol=1e-15,
-            ftol=1e-15,
-            gtol=1e-15,
-            maxfev=200,
-            full_output=True,
-        )[0]
-        inside = np.clip(np.nan_to_num(found[-1:], nan=EXPONENT_BOUNDS[0]), *EXPONENT_BOUNDS)
-        refitted_SQ, rss_S = solve(form, data, data.y_N[None], inside)
-        thetas.append(np.append(refitted_SQ[0], inside))
-        sums.append(float(rss_S[0]))
-    return thetas[int(np.argmin(sums))], np.array(sums)
+def _step(
+    goal: Objective, theta: np.ndarray, grad: np.ndarray, newton: np.ndarray, major: np.ndarray, damping: np.ndarray
+) -> np.ndarray:
+    """One damped step; coordinates on a bound that want to leave the box stay where they are."""
+    lower_Q, upper_Q = goal.bounds
+    held = ((theta <= lower_Q) & (grad > 0)) | ((theta >= upper_Q) & (grad < 0))
+    size = np.sqrt(np.maximum(np.diagonal(major, axis1=1, axis2=2), 1e-300))
+    size = np.where(held | ~np.isfinite(size), 1.0, size)
+    eye = np.eye(theta.shape[1])
+    matrix = newton + damping[:, None, None] * (major + eye * np.square(size)[:, None])
+    free = (~held[:, :, None]) & (~held[:, None])
+    scaled = np.where(free, np.nan_to_num(matrix) / (size[:, :, None] * size[:, None]), 0.0)
+    scaled = scaled + eye * np.where(held, 1.0, 1e-13)[:, None]
+    right = np.where(held, 0.0, -np.nan_to_num(grad) / size)
+    try:
+        solved = np.linalg.solve(scaled, right[..., None])[..., 0]
+    except np.linalg.LinAlgError:
+        solved = right / (1.0 + damping[:, None])
+    return solved / size
+
+
+def polish(goal: Objective, theta_CQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best minimiser [Q] and the losses [C] reached from all starts: `solve_many`, then BFGS from each."""
+    theta_CQ, loss_C = solve_many(goal, theta_CQ)
+    lower_Q, upper_Q = goal.bounds
+    for index in np.argsort(loss_C)[:STARTS]:
+        theta_Q = theta_CQ[index]
+        if (theta_Q <= lower_Q).any() or (theta_Q >= upper_Q).any() or not np.isfinite(loss_C[index]):
+            continue
+        finer_Q = bfgs(goal, theta_Q)
+        value = goal.at(finer_Q)
+        if value < loss_C[index] and (finer_Q > lower_Q).all() and (finer_Q < upper_Q).all():
+            theta_CQ[index], loss_C[index] = finer_Q, value
+    return theta_CQ[int(np.argmin(loss_C))], loss_C
+
+
+def bfgs(goal: Objective, theta_Q: np.ndarray) -> np.ndarray:
+    """BFGS from theta with the exact gradient, in coordinates in which the majorising curvature is the identity."""
+    loss, _, _, major = _expand(goal, theta_Q[None], goal.y_N[None], goal.weight_N[None], None)
+    unit = float(loss[0]) or 1.0
+    values, vectors = np.linalg.eigh(major[0] / unit)
+    white = vectors / np.sqrt(np.maximum(values, 1e-12 * values.max() or 1.0))
+
+    def value_and_gradient(move: np.ndarray) -> tuple[float, np.ndarray]:
+        value, grad, _, _ = _expand(goal, (theta_Q + white @ move)[None], goal.y_N[None], goal.weight_N[None], None)
+        if not np.isfinite(value[0]):
+            return 1e300, np.zeros_like(move)
+        return float(value[0]) / unit, white.T @ grad[0] / unit
+
+    options = {"gtol": 1e-7, "maxiter": 2000}
+    found = optimize.minimize(value_and_gradient, np.zeros_like(theta_Q), jac=True, method="BFGS", options=options)
+    return theta_Q + white @ found.x
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What shows that a fit is a minimum that the points carry; reasons: why it is none, empty if it is.
+
+    gradient: the largest slope of the loss along a coordinate, in units of the noise of one point; agreeing of starts
+    reach the best loss; condition of the scaled curvature; on_bound: coordinates at their bound; n points (replicates
+    behind sigma count as their degrees of freedom), p parameters.
+    """
+
+    gradient: float
+    agreeing: int
+    starts: int
+    condition: float
+    on_bound: tuple[str, ...]
+    n: float
+    p: int
+    reasons: tuple[str, ...]
+
+    @property
+    def minimum(self) -> bool:
+        """Whether the fit is a minimum at all, however few the points."""
+        return self.gradient <= GRADIENT_LIMIT and self.agreeing >= min(AGREEING_STARTS, self.starts)
 
 
 def certificate(
-    form: Form, data: Points, theta: np.ndarray, sums: np.ndarray, scale: float, lower: float | None
-) -> list[str]:
-    """Reasons why theta is not a minimum that may be printed as a law; empty if it is.
-
-    scale: size of one scaled residual (1 where sigma is known). The optimiser's own success flag is not asked: it says
-    success on early stops and failure on exact optima (Hoffmann's fit, arXiv 2404.10102).
-    """
+    goal: Objective, points: Points, theta_Q: np.ndarray, params: dict[str, float], losses: np.ndarray
+) -> Certificate:
+    """Judges one fit. The optimiser's own success flag is not asked: it reports success on early stops and failure on
+    exact optima (law_estimation: arXiv 2404.10102 replicated)."""
+    loss, grad, _, major = _expand(goal, theta_Q[None], goal.y_N[None], goal.weight_N[None], None)
+    residual_N = goal.residuals(theta_Q[None], goal.y_N[None])[0][0]
+    p, q = len(params), len(theta_Q)
+    noise = _noise_of_one(goal, residual_N, q)
+    size_Q = np.sqrt(np.maximum(np.diagonal(major[0]), 1e-300))
+    gradient = float(np.abs(grad[0] / size_Q).max() / noise)
+    condition = float(np.linalg.cond(major[0] / np.outer(size_Q, size_Q)))
+    best = min(float(losses.min()), float(loss[0]))
+    slack = AGREEMENT * max(best, noise**2)
+    agreeing = int((losses - best <= slack).sum())
+    on_bound = tuple(_on_bound(goal, theta_Q, params))
+    enough = len(points) + (0.0 if math.isinf(points.sigma_dof) or points.sigma_N is None else points.sigma_dof)
     reasons = []
-    distinct = len(np.unique(data.log_x_N))
-    if distinct < len(form.parameters) + 1:
-        reasons.append(f"{distinct} distinct x for {len(form.parameters)} parameters, needs one more than parameters")
-    residual_N, jacobian_NP = residual_and_jacobian(form, data, theta)
-    norm_P = np.linalg.norm(jacobian_NP, axis=0)
-    norm_P = np.where(norm_P > 0, norm_P, 1.0)
-    gradient = float(np.abs(jacobian_NP.T @ residual_N / norm_P).max() / scale)
     if not gradient <= GRADIENT_LIMIT:
         reasons.append(f"scaled gradient {gradient:.3g} above {GRADIENT_LIMIT:g}: not a minimum")
-    best = min(float(sums.min()), float(residual_N @ residual_N))
-    agreeing = int((sums - best <= 1e-6 * max(best, scale**2)).sum())
-    if agreeing < AGREEING_STARTS:
-        reasons.append(f"{agreeing} of {len(sums)} starts reach the best sum of squares, needs {AGREEING_STARTS}")
-    if float(residual_N @ residual_N) - best > 1e-6 * max(best, scale**2):
-        reasons.append("another start found a smaller sum of squares")
-    singular = np.linalg.svd(jacobian_NP / norm_P, compute_uv=False)
-    if not singular[-1] ** 2 * CONDITION_LIMIT > singular[0] ** 2:
-        reasons.append("the points do not determine all parameters (condition number above 1e10)")
-    return reasons + _bound_reasons(form, theta, data.centre, lower)
+    if float(loss[0]) - best > slack:
+        reasons.append(f"another start reaches a loss {1 - best / float(loss[0]):.2%} lower")
+    if agreeing < min(AGREEING_STARTS, len(losses)):
+        reasons.append(f"{agreeing} of {len(losses)} starts reach the best loss, needs {AGREEING_STARTS}")
+    if not condition < CONDITION_LIMIT:
+        reasons.append(f"condition {condition:.3g} of the curvature, must be below {CONDITION_LIMIT:g}")
+    reasons += [f"{name}" for name in on_bound]
+    if points.distinct < p + 1:
+        reasons.append(f"{points.distinct} distinct places on the axes for {p} parameters, needs {p + 1}")
+    if enough < POINTS_PER_PARAMETER * p:
+        counted = f"{len(points)} points" + (
+            f" and {enough - len(points):g} replicates" if enough > len(points) else ""
+        )
+        reasons.append(f"{counted} for {p} parameters, needs {POINTS_PER_PARAMETER * p}")
+    return Certificate(gradient, agreeing, len(losses), condition, on_bound, enough, p, tuple(reasons))
 
 
-def _bound_reasons(form: Form, theta: np.ndarray, centre: float, lower: float | None) -> list[str]:
-    reasons = []
-    coefficients, alpha = (theta[:-1], theta[-1:].reshape(())) if form.has_exponent else (theta, np.ones(()))
-    values = dict(zip(form.parameters, form.natural(coefficients, alpha, centre), strict=True))
-    if form.has_exponent and alpha <= EXPONENT_BOUNDS[0] * 1.1:
-        reasons.append("exponent at its lower bound: the points are as straight in ln x as a logarithm")
-    if form.has_exponent and alpha >= EXPONENT_BOUNDS[1] * 0.99:
-        reasons.append("exponent at its upper bound: the loss falls once and is flat afterwards")
-    reasons += [
-        f"{name} = {values[name]:.4g} <= 0: y does not fall with x" for name in form.positive if values[name] <= 0
-    ]
-    if form.floor is not None and lower is not None and values[form.floor] <= lower:
-        reasons.append(f"{form.floor} at its lower bound {lower:g}: no floor is seen")
-    return reasons
+def _noise_of_one(goal: Objective, residual_N: np.ndarray, q: int) -> float:
+    """The size of one residual, capped at delta as in the loss: what a gradient is measured against."""
+    capped_N = np.minimum(np.abs(residual_N), goal.delta)
+    spread = math.sqrt(float(np.average(np.square(capped_N), weights=goal.weight_N)) * len(residual_N))
+    roundoff = 1e-7 * float((1.0 / goal.unit_N).max()) * (1.0 if goal.scale == "log" else float(np.abs(goal.y_N).max()))
+    return max(spread / math.sqrt(max(len(residual_N) - q, 1)), roundoff)
+
+
+def _on_bound(goal: Objective, theta_Q: np.ndarray, params: dict[str, float]) -> list[str]:
+    """One sentence per bound that is active and per sign that the form does not allow."""
+    form = goal.form
+    found = []
+    lower_Q, upper_Q = goal.bounds
+    edge = 1e-9 + 1e-6 * np.abs(np.where(np.isfinite(lower_Q), lower_Q, 0.0))
+    if ((theta_Q - lower_Q) <= edge).any():
+        found.append("an exponent stands on its lower bound: a logarithm says as much")
+    if ((upper_Q - theta_Q) <= 1e-6 * np.abs(np.where(np.isfinite(upper_Q), upper_Q, 1.0))).any():
+        found.append("an exponent stands on its upper bound: a step, not a law")
+    for name, value in params.items():
+        if name.split("_")[0] in form.positive and not value > 0:
+            found.append(f"{name} = {value:.3g} is not above 0: the metric does not move the way the form says")
+    if form.limit and not form.positive_y:
+        value, (low, high) = params[form.limit], form.limits
+        if (goal.y_N > 0).all() and not low < value < high:
+            found.append(f"{form.limit} = {value:.4g} lies outside {low:g} to {high:g}: the limit is not in the data")
+    if form.limit and form.positive_y and params[form.limit] < 1e-6 * float(goal.y_N.min()):
+        found.append(f"{form.limit} runs to 0: the limit is not in the data")
+    return found

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from recscale.scaling.collect import write_csv
-from recscale.scaling.fits import Fit
+from recscale.scaling.axis_fits import Fit
 from recscale.scaling.laws import AxisLaw
 
 INK, LAW, FLOOR, FITTED_FLOOR = "#1f2933", "#1f5fa8", "#b3261e", "#2e7d4f"

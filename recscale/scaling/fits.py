@@ -1,27 +1,37 @@
-"""One-axis laws with their uncertainty: `fit_axis` fits one form, `compare` sets forms against each other.
+"""Fitting a law: `fit` for one form, `compare` for several against each other and against the null.
 
-Weighted least squares on the metric itself, weights 1/sigma^2. A fit that fails its certificate keeps its numbers and
-its reasons, but `certified` is False and no reader should print it as a law.
+A fit without its certificate raises `Uncertified`; `force=True` returns it, marked, for inspection.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from recscale.scaling.estimate import Points, certificate, fit_many, points, polish, residual_and_jacobian
-from recscale.scaling.forms import EXPONENT_BOUNDS, FORMS, Form
-from recscale.scaling.intervals import Noise, bootstrap, noise_scale, percentiles, profile, verdict
+from recscale.scaling import intervals as sure
+from recscale.scaling.estimate import Certificate, Objective, certificate, objective, polish, solve_many, starts
+from recscale.scaling.forms import FORMS
+from recscale.scaling.points import Points
 
-MINIMUM_DRAWS = 500
+MINIMUM_DRAWS = 200
 INDISTINGUISHABLE = 2.0
-ROUNDOFF = 1e-7
+LAD_STEPS = 40
+Sizes = Mapping[str, Any]
+
+
+class Uncertified(ValueError):
+    """A fit that must not be printed as a law; its message says why, `law` is the fit."""
+
+    def __init__(self, law: "Law"):
+        super().__init__(f"{law.form}: no certified law: {'; '.join(law.reasons)}")
+        self.law = law
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What the next doubling of x from the largest point buys, y(x) - y(2x), in units of y, with its 90 % interval."""
+    """What a doubling buys, y(x) - y(2x), in units of y, with its 90 % interval."""
 
     value: float
     low: float
@@ -34,277 +44,384 @@ class Gain:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
-    """A fitted form. Dictionaries go by parameter name; intervals are 90 %.
+class Law:
+    """A fitted form. Dictionaries go by parameter name; intervals are 90 %, the wider of bootstrap and profile.
 
-    params, stderr (delta method), intervals (the wider of bootstrap and profile), verdicts (interval width over the
-    exponent, and for the floor over what is left above it at the largest x);
-    certified and reasons; sigma_trusted is False where sigma is unknown or the points scatter far more than it says;
-    n points, weighted rss, residual_sd in units of y; aicc is NaN when there are too few points (aicc_note says so);
-    delta_aicc and weight are set by `compare`. draws_SP: bootstrap parameters; residual_S: the residual of a new run in
-    each draw. domain: smallest and largest x. gain_per_doubling: see `Gain`.
+    stderr: delta method; verdicts of exponents and limits; certificate with its reasons (empty: certified); notes;
+    scale and delta of the loss (inf: least squares); objective: the sum of Huber losses in residual units; n points;
+    residual_sd in the scale's units; aicc (NaN with aicc_note when points are too few); delta_aicc and weight are set by
+    `compare`; domain of the fitted points by axis; draws_SP: bootstrap parameters; residual_S: the residual of a new run
+    in each draw, unit applied; profiles: (values, deviance) by parameter.
     """
 
     form: str
+    axes: tuple[str, ...]
     params: dict[str, float]
     stderr: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     verdicts: dict[str, str]
-    certified: bool
-    reasons: tuple[str, ...]
+    certificate: Certificate
     notes: tuple[str, ...]
-    sigma_trusted: bool
+    scale: str
+    delta: float
     n: int
-    rss: float
+    objective: float
     residual_sd: float
     aicc: float
     aicc_note: str
-    domain: tuple[float, float]
-    gain_per_doubling: Gain
+    domain: dict[str, tuple[float, float]]
+    metric: str
+    data_hash: str
+    bootstrap: str
     draws_SP: np.ndarray = dataclasses.field(repr=False)
     residual_S: np.ndarray = dataclasses.field(repr=False)
+    profiles: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(repr=False, default_factory=dict)
+    sigma_trusted: bool = False
     delta_aicc: float = math.nan
     weight: float = math.nan
 
-    def predict(self, x: np.ndarray | float) -> np.ndarray:
-        """The fitted curve at x."""
-        return FORMS[self.form].predict(np.array([*self.params.values()]), np.log(np.atleast_1d(x)))
+    @property
+    def formula(self) -> str:
+        """The form, for the reader."""
+        return FORMS[self.form].formula
 
-    def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The curve at x and its 90 % interval: where the law runs."""
-        log_x_N = np.log(np.atleast_1d(np.asarray(x, np.float64)))
-        return self.predict(x), *percentiles(FORMS[self.form].predict(self.draws_SP, log_x_N))
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the fit is not certified; empty if it is."""
+        return self.certificate.reasons
 
-    def prediction(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The curve at x and the 90 % interval of a new run there: parameter draws and run noise together."""
-        log_x_N = np.log(np.atleast_1d(np.asarray(x, np.float64)))
-        runs_SN = FORMS[self.form].predict(self.draws_SP, log_x_N) + self.residual_S[:, None]
-        return self.predict(x), *percentiles(runs_SN)
+    @property
+    def certified(self) -> bool:
+        """Whether the fit may be printed as a law."""
+        return not self.certificate.reasons
+
+    @property
+    def params_P(self) -> np.ndarray:
+        """The parameters in order."""
+        return np.array([*self.params.values()])
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Covariance of the parameters over the bootstrap draws, [P, P]."""
+        return np.atleast_2d(np.cov(self.draws_SP, rowvar=False))
+
+    def sizes(self, x: Sizes) -> np.ndarray:
+        """Sizes by axis as an array [K, M]; raises ValueError for a missing, unknown or non-positive one."""
+        if set(x) != set(self.axes):
+            raise ValueError(f"sizes: found {', '.join(map(str, x)) or 'none'}, expected {', '.join(self.axes)}")
+        x_KM = np.stack(np.broadcast_arrays(*(np.atleast_1d(np.asarray(x[a], np.float64)) for a in self.axes)))
+        if not (np.isfinite(x_KM) & (x_KM > 0)).all():
+            raise ValueError(f"sizes: found {x_KM.min():g}, expected finite numbers above 0")
+        return x_KM
+
+    def _values(self, params_SP: np.ndarray, x: Sizes) -> np.ndarray:
+        form = FORMS[self.form]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return form.predict(params_SP, form.coordinates(self.sizes(x)))
+
+    def curve(self, x: Sizes) -> np.ndarray:
+        """The law at sizes x (by axis, scalars or arrays [M]), [M]."""
+        return self._values(self.params_P[None], x)[0]
+
+    def drawn(self, x: Sizes) -> np.ndarray:
+        """The law of every bootstrap draw, [S, M]."""
+        return self._values(self.draws_SP, x)
+
+    def drawn_runs(self, x: Sizes) -> np.ndarray:
+        """A new run in every draw, [S, M]: the law of the draw and run noise."""
+        values_SM = self.drawn(x)
+        noise_S1 = self.residual_S[:, None]
+        return values_SM * np.exp(noise_S1) if self.scale == "log" else values_SM + noise_S1
+
+    def band(self, x: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The law at x and its 90 % interval: where the curve runs."""
+        return self.curve(x), *sure.percentiles(self.drawn(x))
+
+    def prediction(self, x: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The law at x and the 90 % interval of a new run there: parameter draws and run noise together."""
+        return self.curve(x), *sure.percentiles(self.drawn_runs(x))
+
+    def decades_beyond(self, x: Sizes) -> np.ndarray:
+        """How far x lies outside the domain, in decades along its worst axis, [M]; 0 inside."""
+        low_K, high_K = (np.log10([self.domain[axis][side] for axis in self.axes]) for side in (0, 1))
+        at_KM = np.log10(self.sizes(x))
+        return np.maximum(np.maximum(at_KM - high_K[:, None], low_K[:, None] - at_KM), 0.0).max(0)
+
+    def corner(self) -> dict[str, float]:
+        """The largest fitted size of every axis."""
+        return {axis: high for axis, (_, high) in self.domain.items()}
+
+    def gain_per_doubling(self, axis: str, at: Mapping[str, float] | None = None) -> Gain:
+        """What twice as much of one axis buys at a place (default: the largest sizes fitted), in units of the metric."""
+        here = dict(at or self.corner())
+        ends = {name: np.array([value, value * (2 if name == axis else 1)]) for name, value in here.items()}
+        value_2, drawn_S2 = self.curve(ends), self.drawn(ends)
+        low, high = sure.percentiles(drawn_S2[:, 0] - drawn_S2[:, 1])
+        value = float(value_2[0] - value_2[1])
+        return Gain(value, min(float(low), value), max(float(high), value))
 
 
-def fit_axis(
-    x: np.ndarray,
-    y: np.ndarray,
-    sigma: np.ndarray | float | None = None,
+def huber_delta(points: Points, form: str, scale: str, delta: str | float) -> float:
+    """delta in residual units: a number as given; "lsq" inf; "lad" 0; "seed" 1.345 sigma.
+
+    "seed" takes sigma from the points (seed replicates); where it is unknown, from the median absolute residual of the
+    form, twice refined.
+    """
+    if isinstance(delta, int | float) and not isinstance(delta, bool):
+        if not delta > 0:
+            raise ValueError(f"delta: found {delta}, expected a number above 0, seed, lsq or lad")
+        return float(delta)
+    if delta in ("lsq", "lad"):
+        return math.inf if delta == "lsq" else 0.0
+    if delta != "seed":
+        raise ValueError(f"delta: found {delta!r}, expected a number above 0, seed, lsq or lad")
+    if points.sigma_N is not None:
+        return sure.TUNING
+    found = math.inf
+    for _ in range(3):
+        goal = objective(FORMS[form], points, scale, found)
+        theta_Q, _ = polish(goal, starts(goal))
+        residual_N = goal.residuals(theta_Q[None], goal.y_N[None])[0][0]
+        found = max(sure._spread(residual_N), 1e-12)
+    return found
+
+
+def minimum(
+    points: Points, form: str, scale: str, delta: float
+) -> tuple[Objective, np.ndarray, np.ndarray, np.ndarray]:
+    """The objective, its best theta [Q], the losses of all starts [C] and the starts [C, Q]."""
+    if delta > 0:
+        goal = objective(FORMS[form], points, scale, delta)
+        start_CQ = starts(goal)
+        theta_Q, losses = polish(goal, start_CQ)
+        return goal, theta_Q, losses, start_CQ
+    size = float(np.std(np.log(points.y_N) if scale == "log" else points.y_N))
+    goal, theta_Q, losses, start_CQ = minimum(points, form, scale, max(1e-3 * size, 1e-9))
+    for _ in range(LAD_STEPS):  # least absolute deviations: delta halved until the sum stands still
+        narrower = dataclasses.replace(goal, delta=goal.delta / 2)
+        moved_Q, _ = solve_many(narrower, theta_Q[None])
+        change = abs(narrower.at(moved_Q[0]) / narrower.delta - goal.at(theta_Q) / goal.delta)
+        goal, theta_Q = narrower, moved_Q[0]
+        if change <= 1e-10 * goal.at(theta_Q) / goal.delta:
+            break
+    return goal, theta_Q, np.full(len(losses), goal.at(theta_Q)), start_CQ
+
+
+def fit(
+    points: Points,
+    form: str = "additive",
     *,
-    form: str = "pow_floor",
+    scale: str = "log",
+    delta: str | float = "seed",
     seed: int = 0,
     draws: int = 1000,
-    sigma_dof: float = math.inf,
-) -> Fit:
-    """Fits one form to one axis.
+    bootstrap: str = "auto",
+    force: bool = False,
+) -> Law:
+    """Fits one form to the points that are not held out.
 
-    x: N positive numbers; y: the metric at x; sigma: its standard deviation from run to run, one number or N, None if
-    unknown (then all points weigh the same); sigma_dof: degrees of freedom behind sigma (runs less cells when it comes
-    from seed replicates). The floor is bounded below by 0 when all y are above 0.
-    Raises ValueError for bad numbers, an unknown form, or fewer than 500 draws.
+    scale: residuals of the logarithm ("log", losses) or of the metric itself ("identity", bounded metrics and small
+    effects). delta: see `huber_delta`. Raises Uncertified (unless force) where the certificate fails, ValueError for an
+    unknown form, data it does not suit, or fewer than 200 draws.
     """
     if form not in FORMS:
         raise ValueError(f"form: found {form!r}, expected one of {', '.join(FORMS)}")
     if draws < MINIMUM_DRAWS:
         raise ValueError(f"draws: found {draws}, expected at least {MINIMUM_DRAWS} for a 90 % interval")
-    data, entry = points(x, y, sigma), FORMS[form]
-    lower = 0.0 if (data.y_N > 0).all() else None
-    n, p = len(data.y_N), len(entry.parameters)
-    parameters_SP, rss_S = fit_many(entry, data, data.y_N[None], lower)
-    theta_P, sums = polish(entry, data)
-    coefficients, alpha = (theta_P[:-1], theta_P[-1:].reshape(())) if entry.has_exponent else (theta_P, np.ones(()))
-    free_P = entry.natural(coefficients, alpha, data.centre)
-    on_bound = lower is not None and entry.floor is not None and free_P[entry.parameters.index(entry.floor)] < lower
-    best_P, rss = (parameters_SP[0], float(rss_S[0])) if on_bound else (free_P, float(sums.min()))
-    fitted_N = entry.predict(best_P, data.log_x_N)
-    noise = noise_scale(rss, n, p, sigma is not None, sigma_dof)
-    # Losses are float32 at best: a smaller residual is rounding, and dividing by it would only magnify it.
-    roundoff = ROUNDOFF * float(np.abs(data.y_N / data.sigma_N).max())
-    reasons = certificate(entry, data, theta_P, sums, max(math.sqrt(np.nan_to_num(noise.variance)), roundoff), lower)
-    draws_SP, residual_S = bootstrap(entry, data, fitted_N, noise, lower, draws, seed)
-    params = {name: float(value) for name, value in zip(entry.parameters, best_P, strict=True)}
-    intervals, verdicts = _intervals(entry, data, params, draws_SP, rss, noise, lower, certified=not reasons)
-    rss = max(rss, n * roundoff**2)
-    aicc, aicc_note = _aicc(rss, n, p, form, sigma_dof if noise.trusted else 0.0)
-    return Fit(
+    seen = points.fitted
+    if not len(seen):
+        raise ValueError("points: all are held out, expected some to fit")
+    goal, theta_Q, losses, start_CQ = minimum(seen, form, scale, huber_delta(seen, form, scale, delta))
+    entry = goal.form
+    names = entry.names(seen.axes)
+    natural_P = entry.natural(theta_Q[None], goal.centre_K)[0]
+    params = {name: float(value) for name, value in zip(names, natural_P, strict=True)}
+    proof = certificate(goal, seen, theta_Q, params, losses)
+    residual_N = goal.residuals(theta_Q[None], goal.y_N[None])[0][0]
+    known = seen.sigma_N is not None
+    noise = sure.noise_scale(goal, residual_N, len(names), known, seen.sigma_dof)
+    others_CQ = start_CQ[[0, len(start_CQ) // 2]]
+    found = sure.bootstrap(goal, seen, theta_Q, others_CQ, noise, bootstrap, draws, seed)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        draws_SP = entry.natural(found.theta_SQ, goal.centre_K)
+    errors_P = sure.standard_errors(goal, theta_Q, lambda theta: entry.natural(theta, goal.centre_K), noise)
+    law = Law(
         form=form,
+        axes=seen.axes,
         params=params,
-        stderr=_stderr(entry, data, theta_P, noise),
-        intervals=intervals,
-        verdicts=verdicts,
-        certified=not reasons,
-        reasons=tuple(reasons),
-        notes=(noise.note,) if noise.note else (),
-        sigma_trusted=noise.trusted,
-        n=n,
-        rss=rss,
-        residual_sd=float(np.sqrt(np.square(data.y_N - fitted_N).sum() / max(n - p, 1))),
-        aicc=aicc,
-        aicc_note=aicc_note,
-        domain=(float(np.min(x)), float(np.max(x))),
-        gain_per_doubling=_gain(entry, best_P, draws_SP, data.log_x_N[-1]),
+        stderr={name: float(value) for name, value in zip(names, errors_P, strict=True)},
+        intervals={},
+        verdicts={},
+        certificate=proof,
+        notes=_notes(noise, found),
+        scale=scale,
+        delta=goal.delta,
+        n=len(seen),
+        objective=goal.at(theta_Q),
+        residual_sd=_residual_sd(goal, residual_N, len(names)),
+        aicc=math.nan,
+        aicc_note="",
+        domain={axis: (float(x.min()), float(x.max())) for axis, x in seen.x.items()},
+        metric=seen.metric,
+        data_hash=seen.data_hash,
+        bootstrap=found.kind,
         draws_SP=draws_SP,
-        residual_S=residual_S,
+        residual_S=found.residual_S * float(np.median(goal.unit_N)),
+        sigma_trusted=noise.trusted,
     )
+    law = _with_intervals(law, goal, theta_Q, noise)
+    score, note = sure.aicc(goal, residual_N, len(names), seen.sigma_dof if known and noise.trusted else 0.0)
+    law = dataclasses.replace(law, aicc=score, aicc_note=note)
+    if proof.reasons and not force:
+        raise Uncertified(law)
+    return law
 
 
-def _intervals(
-    form: Form,
-    data: Points,
-    params: dict[str, float],
-    draws_SP: np.ndarray,
-    rss: float,
-    noise: Noise,
-    lower: float | None,
-    certified: bool,
-) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
-    lows, highs = percentiles(draws_SP)
+def _notes(noise: sure.Noise, found: sure.Draws) -> tuple[str, ...]:
+    notes = [noise.note] if noise.note else []
+    if found.discarded:
+        notes.append(f"{found.discarded:.1%} of the bootstrap draws had too few distinct places and were drawn again")
+    return tuple(notes)
+
+
+def _residual_sd(goal: Objective, residual_N: np.ndarray, p: int) -> float:
+    moved_N = residual_N * goal.unit_N
+    return float(np.sqrt(np.square(moved_N).sum() / max(len(moved_N) - p, 1)))
+
+
+def _with_intervals(law: Law, goal: Objective, theta_Q: np.ndarray, noise: sure.Noise) -> Law:
+    """Adds intervals, profiles and verdicts."""
+    entry = goal.form
+    lows, highs = sure.percentiles(law.draws_SP)
     intervals = {
-        name: (min(float(low), params[name]), max(float(high), params[name]))
-        for name, low, high in zip(params, lows, highs, strict=True)
+        name: (min(float(low), law.params[name]), max(float(high), law.params[name]))
+        for name, low, high in zip(law.params, lows, highs, strict=True)
     }
-    verdicts = {}
-    for name in params:
-        if name not in ("alpha", form.floor):
+    verdicts, profiles = {}, {}
+    for index, name in enumerate(law.params):
+        if name != entry.limit and name.split("_")[0] not in entry.exponents:
             continue
+
+        def one(theta: np.ndarray, index: int = index) -> np.ndarray:
+            return entry.natural(theta, goal.centre_K)[:, index : index + 1]
+
         if noise.dof > 0:
-            low, high = profile(form, data, name, params[name], rss, noise, lower)
+            step = (
+                law.stderr[name] if math.isfinite(law.stderr[name]) and law.stderr[name] > 0 else abs(law.params[name])
+            )
+            value_T, deviance_T = sure.profile(goal, theta_Q, one, step, noise)
+            profiles[name] = (value_T, deviance_T)
+            low, high = sure.crossing(value_T, deviance_T, sure.quantile(noise))
             intervals[name] = min(low, intervals[name][0]), max(high, intervals[name][1])
-        edges = EXPONENT_BOUNDS if name == "alpha" else (-math.inf if lower is None else lower, math.inf)
-        at_bound = intervals[name][0] <= edges[0] * 1.001 or intervals[name][1] >= edges[1] * 0.999
-        size = params[name]
-        if name == form.floor:  # a floor is known as well as what is left above it: 5.1 +- .1 says nothing .1 away
-            reached = form.predict(np.array([*params.values()]), np.array([data.log_x_N.max()]))
-            size = float(np.ravel(reached)[0]) - params[name]
-        verdicts[name] = verdict(size, intervals[name], at_bound) if certified else "not identified"
-    return intervals, verdicts
+        verdicts[name] = _verdict(law, name, intervals[name], bool((goal.y_N > 0).all()))
+    return dataclasses.replace(law, intervals=intervals, verdicts=verdicts, profiles=profiles)
 
 
-def _gain(form: Form, best_P: np.ndarray, draws_SP: np.ndarray, log_largest: float) -> Gain:
-    ends_2 = np.array([log_largest, log_largest + math.log(2)])
-    value_2, draws_S2 = form.predict(best_P, ends_2), form.predict(draws_SP, ends_2)
-    low, high = percentiles(draws_S2[:, 0] - draws_S2[:, 1])
-    value = float(value_2[0] - value_2[1])
-    return Gain(value, min(float(low), value), max(float(high), value))
-
-
-def _stderr(form: Form, data: Points, theta_P: np.ndarray, noise: Noise) -> dict[str, float]:
-    """Delta method: the covariance in centred coordinates carried to the units of x by central differences."""
-    _, jacobian_NP = residual_and_jacobian(form, data, theta_P)
-    norm_P = np.linalg.norm(jacobian_NP, axis=0)
-    norm_P = np.where(norm_P > 0, norm_P, 1.0)
-    covariance_PP = np.linalg.pinv((jacobian_NP / norm_P).T @ (jacobian_NP / norm_P)) / np.outer(norm_P, norm_P)
-
-    def natural(theta: np.ndarray) -> np.ndarray:
-        coefficients, alpha = (theta[:-1], theta[-1:].reshape(())) if form.has_exponent else (theta, np.ones(()))
-        return form.natural(coefficients, alpha, data.centre)
-
-    steps = np.diag(1e-6 * np.maximum(np.abs(theta_P), 1e-12))
-    columns = [(natural(theta_P + step) - natural(theta_P - step)) / (2 * step.sum()) for step in steps]
-    change_PP = np.stack(columns, -1)
-    variance_P = np.diag(change_PP @ covariance_PP @ change_PP.T) * noise.variance
-    return {name: float(np.sqrt(v)) for name, v in zip(form.parameters, variance_P, strict=True)}
-
-
-def _aicc(rss: float, n: int, p: int, form: str, sigma_dof: float) -> tuple[float, str]:
-    """Akaike's criterion with its small-sample correction, up to a constant of the data; k = p + 1 has the noise scale.
-
-    The replicates behind sigma speak of the noise scale like points without parameters, so N = n + sigma_dof:
-    N ln((rss + sigma_dof)/N) + 2k + 2k(k+1)/(N-k-1). Without replicates N = n, the usual form; with a known sigma it
-    becomes rss + 2k, which needs no correction.
-    """
-    k = p + 1
-    if math.isinf(sigma_dof):
-        return rss - n + 2 * k, ""
-    total = n + sigma_dof
-    if total - k - 1 <= 0:
-        return math.nan, f"{n} points are too few for the AICc of {form} ({p} parameters and the noise): needs {k + 2}"
-    score = total * math.log(max(rss + sigma_dof, 1e-300) / total)
-    return float(score + 2 * k + 2 * k * (k + 1) / (total - k - 1)), ""
-
-
-def compare(
-    x: np.ndarray,
-    y: np.ndarray,
-    sigma: np.ndarray | float | None = None,
-    *,
-    forms: Sequence[str] = ("pow_floor", "log", "constant"),
-    seed: int = 0,
-    draws: int = 1000,
-    sigma_dof: float = math.inf,
-) -> list[Fit]:
-    """Fits several forms and fills delta_aicc (to the best) and the Akaike weight; in the order of `forms`."""
-    fits = [fit_axis(x, y, sigma, form=form, seed=seed, draws=draws, sigma_dof=sigma_dof) for form in forms]
-    # One noise model for all: sigma holds if any form reaches it, else it only weighs the points.
-    common_dof = sigma_dof if any(fit.sigma_trusted for fit in fits) else 0.0
-    fits = [_rescored(fit, common_dof) for fit in fits]
-    scores = [fit.aicc for fit in fits if not math.isnan(fit.aicc)]
-    if not scores:
-        return fits
-    total = sum(math.exp(-0.5 * (score - min(scores))) for score in scores)
-    return [
-        dataclasses.replace(
-            fit, delta_aicc=fit.aicc - min(scores), weight=math.exp(-0.5 * (fit.aicc - min(scores))) / total
-        )
-        for fit in fits
-    ]
-
-
-def _rescored(fit: Fit, sigma_dof: float) -> Fit:
-    aicc, note = _aicc(fit.rss, fit.n, len(fit.params), fit.form, sigma_dof)
-    return dataclasses.replace(fit, aicc=aicc, aicc_note=note)
+def _verdict(law: Law, name: str, interval: tuple[float, float], bounded: bool) -> str:
+    if not law.certificate.minimum:
+        return "not identified"
+    entry = FORMS[law.form]
+    if name != entry.limit:
+        return sure.verdict(law.params[name], interval, interval[0] <= 1.001e-5)
+    # A limit is known as well as what is left above it: 5.1 +- .1 says nothing .1 away.
+    reached = float(law.curve(law.corner())[0])
+    low, high = entry.limits
+    return sure.verdict(reached - law.params[name], interval, bounded and (interval[0] <= low or interval[1] >= high))
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
-    """form: the form to quote, empty if none may be; text: one sentence on what beats what."""
+class Comparison:
+    """laws in the order asked for, certified or not; best: the law to quote, None if none may be; near: names of others
+    within 2 of its AICc; text: one sentence on what beats what; problems: (form, why it could not be fitted at all)."""
 
-    form: str
+    laws: tuple[Law, ...]
+    best: Law | None
+    near: tuple[str, ...]
     text: str
+    problems: tuple[tuple[str, str], ...] = ()
+
+    def __getitem__(self, form: str) -> Law:
+        """The fit of a form; raises KeyError."""
+        return {law.form: law for law in self.laws}[form]
+
+    def mixed(self, x: Sizes, runs: bool = False, count: int = 4000, seed: int = 0) -> np.ndarray:
+        """Draws [S, M] at x averaged over the certified forms within 2 AICc of the best, by Akaike weight."""
+        near = [law for law in self.laws if law is self.best or law.form in self.near]
+        if not near:
+            raise ValueError(f"no certified law to average: {self.text}")
+        weights = np.nan_to_num(np.array([law.weight for law in near]))
+        weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(near), 1 / len(near))
+        rng = np.random.default_rng(seed)
+        parts = []
+        for law, weight in zip(near, weights, strict=True):
+            values_SM = law.drawn_runs(x) if runs else law.drawn(x)
+            parts.append(values_SM[rng.integers(len(values_SM), size=round(float(weight) * count))])
+        return np.concatenate(parts)
 
 
-def judge(fits: Sequence[Fit]) -> Judgement:
-    """Which of the compared fits may be printed as the law of the axis, and what it cannot be told from."""
-    law = next(fit for fit in fits if fit.form == "pow_floor")
-    others = [fit for fit in fits if fit.certified and fit.form != "pow_floor"]
-    if not law.certified:
-        rest = min(others, key=_order, default=None)
-        return Judgement(rest.form if rest else "", f"no power law with a floor: {'; '.join(law.reasons)}")
-    if math.isnan(law.delta_aicc):
-        return Judgement(law.form, f"not compared with {_names(others)}: {law.aicc_note}")
-    best, *rest = sorted([law, *others], key=_order)
-    near = [fit for fit in rest if fit.delta_aicc - best.delta_aicc < INDISTINGUISHABLE]
-    if near:
-        return Judgement(best.form, f"{best.form} fits best, indistinguishable from {_names(near)}")
-    margin = f", AICc lower by {rest[0].delta_aicc - best.delta_aicc:.1f} or more" if rest else ""
-    return Judgement(best.form, f"{best.form} preferred{margin}")
+def compare(
+    points: Points,
+    forms: Sequence[str] = ("additive", "log"),
+    *,
+    scale: str = "log",
+    delta: str | float = "seed",
+    **options: Any,
+) -> Comparison:
+    """Fits several forms with one loss and one noise model, and ranks them by AICc.
 
-
-def _order(fit: Fit) -> float:
-    return math.inf if math.isnan(fit.aicc) else fit.aicc
-
-
-def _names(fits: Sequence[Fit]) -> str:
-    return " and ".join(fit.form for fit in fits) or "nothing"
-
-
-def average_gain(fits: Sequence[Fit], seed: int = 0) -> Gain:
-    """The gain of the next doubling over the certified forms with a slope, weighed by their Akaike weights.
-
-    Where AICc cannot weigh the power law with a floor, it speaks alone if certified: the simpler forms are special
-    cases of it, and its interval is the wider one.
+    The logarithmic null is always among them. A form that the data do not suit is listed in `problems`.
     """
-    law = next(fit for fit in fits if fit.form == "pow_floor")
-    sloping = [fit for fit in fits if fit.form != "constant"]
-    usable = [fit for fit in sloping if fit.certified] or sloping
-    if any(fit is law for fit in usable) and math.isnan(law.weight):
-        return law.gain_per_doubling
-    weight_F = np.array([np.nan_to_num(fit.weight) for fit in usable])
-    weight_F = weight_F / weight_F.sum() if weight_F.sum() > 0 else np.full(len(usable), 1 / len(usable))
-    rng = np.random.default_rng(seed)
-    ends_2 = np.log(law.domain[1]) + np.array([0.0, math.log(2)])
-    drawn = []
-    for fit, weight in zip(usable, weight_F, strict=True):
-        count = round(float(weight) * 4000)
-        picked_SP = fit.draws_SP[rng.integers(len(fit.draws_SP), size=count)]
-        values_S2 = FORMS[fit.form].predict(picked_SP, ends_2)
-        drawn.append(values_S2[:, 0] - values_S2[:, 1])
-    low, high = percentiles(np.concatenate(drawn))
-    value = float(weight_F @ np.array([fit.gain_per_doubling.value for fit in usable]))
-    return Gain(value, min(float(low), value), max(float(high), value))
+    asked = [*forms] + [name for name in ("log",) if name not in forms]
+    seen = points.fitted
+    width = huber_delta(seen, next(form for form in asked if form in FORMS), scale, delta)
+    laws, problems = [], []
+    for form in asked:
+        try:
+            laws.append(fit(points, form, scale=scale, delta=width if width > 0 else "lad", force=True, **options))
+        except ValueError as error:
+            problems.append((form, str(error)))
+    if not laws:
+        raise ValueError("; ".join(f"{form}: {why}" for form, why in problems))
+    laws = _ranked(laws, seen, scale)
+    best, near, text = _judged(laws)
+    return Comparison(tuple(laws), best, near, text, tuple(problems))
+
+
+def _ranked(laws: Sequence[Law], points: Points, scale: str) -> list[Law]:
+    """AICc under one noise model: sigma holds if any form reaches it, else it only weighs the points."""
+    dof = points.sigma_dof if any(law.sigma_trusted for law in laws) else 0.0
+    scored = []
+    for law in laws:
+        goal = objective(FORMS[law.form], points, scale, law.delta)
+        theta_1Q = goal.form.inner(law.params_P[None], goal.centre_K)
+        residual_N = goal.residuals(theta_1Q, goal.y_N[None])[0][0]
+        score, note = sure.aicc(goal, residual_N, len(law.params), dof)
+        scored.append(dataclasses.replace(law, aicc=score, aicc_note=note))
+    known = [law.aicc for law in scored if not math.isnan(law.aicc)]
+    if not known:
+        return scored
+    total = sum(math.exp(-0.5 * (score - min(known))) for score in known)
+    return [
+        dataclasses.replace(
+            law, delta_aicc=law.aicc - min(known), weight=math.exp(-0.5 * (law.aicc - min(known))) / total
+        )
+        for law in scored
+    ]
+
+
+def _judged(laws: Sequence[Law]) -> tuple[Law | None, tuple[str, ...], str]:
+    """Which law may be quoted, which forms it cannot be told from, and one sentence."""
+    usable = [law for law in laws if law.certified]
+    refused = [law for law in laws if not law.certified]
+    why = "".join(f" {law.form} refused: {'; '.join(law.reasons)}." for law in refused)
+    if not usable:
+        return None, (), f"No form is certified.{why}"
+    if any(math.isnan(law.aicc) for law in usable):
+        notes = "; ".join(law.aicc_note for law in usable if law.aicc_note)
+        return usable[0], tuple(law.form for law in usable[1:]), f"{usable[0].form}: not compared, {notes}.{why}"
+    best, *rest = sorted(usable, key=lambda law: law.aicc)
+    near = tuple(law.form for law in rest if law.aicc - best.aicc < INDISTINGUISHABLE)
+    if near:
+        return best, near, f"{best.form} fits best, indistinguishable from {' and '.join(near)}.{why}"
+    margin = f", AICc lower by {rest[0].aicc - best.aicc:.1f} or more" if rest else ""
+    return best, (), f"{best.form} preferred{margin}.{why}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recscale.scaling.collect import Row
-from recscale.scaling.fits import Fit, Gain, Judgement, average_gain, compare, judge
+from recscale.scaling.axis_fits import Fit, Gain, Judgement, average_gain, compare, judge
 
 MINIMUM_DISTINCT = 3
 UNFITTED = Judgement("", "not fitted")

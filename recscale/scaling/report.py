@@ -17,8 +17,8 @@ import scipy
 
 from recscale.scaling.collect import Records, write_csv
 from recscale.scaling.figures import axis_figure, gain_figure, short_number
-from recscale.scaling.fits import Fit, Gain
-from recscale.scaling.forms import FORMS
+from recscale.scaling.axis_fits import Fit, Gain
+from recscale.scaling.axis_forms import FORMS
 from recscale.scaling.laws import AxisLaw, AxisSpec, SeedNoise, axis_law, seed_noise
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from recscale.scaling import estimate, fits
-from recscale.scaling.forms import FORMS
+from recscale.scaling import axis_estimate as estimate, axis_fits as fits
+from recscale.scaling.axis_forms import FORMS
 
 WUKONG_GFLOP = np.array([0.53, 1.25, 2.12, 5.6, 22.23, 61.0, 108.0])  # arXiv 2403.02545, table 5
 WUKONG_LOSS = {1: [-0.35, -0.45, -0.53, -0.6, -0.67, -0.7, -0.76], 2: [-0.32, -0.43, -0.49, -0.6, -0.66, -0.69, -0.76]}
