@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from recscale.scaling.collect import write_csv
-from recscale.scaling.axis_fits import Fit
+from recscale.scaling.fits import Law
 from recscale.scaling.laws import AxisLaw
 
 INK, LAW, FLOOR, FITTED_FLOOR = "#1f2933", "#1f5fa8", "#b3261e", "#2e7d4f"
@@ -76,9 +76,9 @@ def _draw_points(axes: Axes, law: AxisLaw) -> list[dict[str, Any]]:
     ]
 
 
-def _drawn_forms(law: AxisLaw) -> list[tuple[Fit, str, str]]:
+def _drawn_forms(law: AxisLaw) -> list[tuple[Law, str, str]]:
     """The fits to draw, with colour and line style: the law solid (with a band), null and other quoted form dashed."""
-    quoted = law.judgement.form
+    quoted = law.quoted
     drawn = []
     for fit in law.fits:
         certified = law.power.certified
@@ -95,10 +95,10 @@ def _draw_fits(axes: Axes, law: AxisLaw) -> list[dict[str, Any]]:
     beyond_N = np.geomspace(law.x_N[-1], 2 * law.x_N[-1], 25)
     for fit, colour, line in _drawn_forms(law):
         name = {"pow_floor": "E + A x^(-α)", "log": "null: a - b ln x", "constant": "null: constant"}[fit.form]
-        axes.plot(inside_N, fit.predict(inside_N), line, color=colour, lw=1.8, label=name)
-        axes.plot(beyond_N, fit.predict(beyond_N), ":", color=colour, lw=1.8)
+        axes.plot(inside_N, fit.curve(law.at(inside_N)), line, color=colour, lw=1.8, label=name)
+        axes.plot(beyond_N, fit.curve(law.at(beyond_N)), ":", color=colour, lw=1.8)
         x_N = np.append(inside_N, beyond_N[1:])
-        mean_N, low_N, high_N = fit.band(x_N)
+        mean_N, low_N, high_N = fit.band(law.at(x_N))
         if line == "-":
             axes.fill_between(x_N, low_N, high_N, color=colour, alpha=0.16, lw=0, label="90 % band of the curve")
         rows += [
@@ -115,7 +115,7 @@ def _limits(axes: Axes, law: AxisLaw) -> None:
     bars_N = np.zeros(len(law.y_N)) if law.sigma_N is None else 1.645 * law.sigma_N
     low, high = float((law.y_N - bars_N).min()), float((law.y_N + bars_N).max())
     for fit, _, _ in _drawn_forms(law):
-        low = min(low, float(fit.predict(2 * law.x_N[-1])[0]))
+        low = min(low, float(fit.curve(law.at(2 * law.x_N[-1]))[0]))
     span = max(high - low, 1e-3 * abs(high), 1e-9)
     floors = [law.spec.floor] if law.spec.floor is not None else []
     if law.fits and law.power.verdicts["E"] != "not identified":

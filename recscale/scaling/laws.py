@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from recscale.scaling.collect import Row
-from recscale.scaling.axis_fits import Fit, Gain, Judgement, average_gain, compare, judge
+from recscale.scaling.fits import Comparison, Gain, Law, compare
+from recscale.scaling.points import Points
 
 MINIMUM_DISTINCT = 3
-UNFITTED = Judgement("", "not fitted")
+FORMS = ("pow_floor", "log", "constant")
 NO_GAIN = Gain(math.nan, math.nan, math.nan)
 
 
@@ -81,7 +82,7 @@ class Cost:
 class AxisLaw:
     """All that is known of one axis. x_N, y_N, seeds_N, sigma_N (None if nothing is known), stderr_N of the evaluation.
 
-    fits is empty, gain is NaN, and problem says why, when the axis cannot be fitted.
+    comparison is None, gain is NaN, and problem says why, when the axis cannot be fitted.
     unusable: (run_id, reason) of runs of this axis that have no x or no evaluation.
     """
 
@@ -92,19 +93,37 @@ class AxisLaw:
     stderr_N: np.ndarray
     seeds_N: np.ndarray
     noise_source: str
-    fits: tuple[Fit, ...] = ()
-    judgement: Judgement = UNFITTED
+    comparison: Comparison | None = None
     gain: Gain = NO_GAIN
     cost: Cost | None = None
     problem: str = ""
     unusable: tuple[tuple[str, str], ...] = ()
 
     @property
-    def power(self) -> Fit:
+    def fits(self) -> tuple[Law, ...]:
+        """The fitted forms, certified or not; empty on an axis that could not be fitted."""
+        return self.comparison.laws if self.comparison else ()
+
+    @property
+    def judgement(self) -> str:
+        """What beats what, in one sentence."""
+        return self.comparison.text if self.comparison else "not fitted"
+
+    @property
+    def quoted(self) -> str:
+        """The form to quote, empty if none may be."""
+        return self.comparison.best.form if self.comparison and self.comparison.best else ""
+
+    @property
+    def power(self) -> Law:
         """The fit of the power law with a floor, certified or not. Raises ValueError on an axis that has no fits."""
-        if not self.fits:
+        if not self.comparison:
             raise ValueError(f"axis {self.spec.name}: {self.problem}")
-        return next(fit for fit in self.fits if fit.form == "pow_floor")
+        return self.comparison["pow_floor"]
+
+    def at(self, x: np.ndarray | float) -> dict[str, np.ndarray | float]:
+        """Sizes of this axis the way its laws take them."""
+        return {self.spec.name: x}
 
     def floor_interval(self) -> tuple[float, float] | None:
         """90 % interval of the fitted floor, widened by the sampling error that all points of the evaluation share."""
@@ -186,9 +205,10 @@ def axis_law(rows: Sequence[Row], spec: AxisSpec, *, seed: int = 0, draws: int =
     if len(x_N) < MINIMUM_DISTINCT:
         problem = f"{len(x_N)} distinct values of {spec.label}, needs at least {MINIMUM_DISTINCT} to fit anything"
         return dataclasses.replace(law, problem=problem)
-    fits = compare(x_N, y_N, sigma_N, seed=seed, draws=draws, sigma_dof=dof)
-    cost = _cost(spec, x_N, members_N)
-    return dataclasses.replace(law, fits=tuple(fits), judgement=judge(fits), gain=average_gain(fits, seed), cost=cost)
+    points = Points.of({spec.name: x_N}, y_N, sigma=sigma_N, sigma_dof=dof, metric=spec.metric)
+    comparison = compare(points, FORMS, scale="identity", delta="lsq", seed=seed, draws=draws)
+    gain, cost = comparison.gain_per_doubling(spec.name), _cost(spec, x_N, members_N)
+    return dataclasses.replace(law, comparison=comparison, gain=gain, cost=cost)
 
 
 def _stderr(rows: Sequence[Row], spec: AxisSpec) -> float:

@@ -106,7 +106,9 @@ class Points:
             columns.append(self.sigma_N)
         table = np.stack(columns, -1)
         order = np.lexsort(table.T)
-        head = repr((self.axes, self.metric, self.sigma_dof, [self.lineage_N[i] for i in order])).encode()
+        first: dict[str, int] = {}  # names do not matter, who is together does
+        lineages = [first.setdefault(self.lineage_N[i], len(first)) for i in order]
+        head = repr((self.axes, self.metric, self.sigma_dof, lineages)).encode()
         return hashlib.sha256(head + np.ascontiguousarray(table[order]).tobytes()).hexdigest()
 
     def select(self, chosen: np.ndarray | Sequence[int]) -> "Points":

@@ -17,8 +17,7 @@ import scipy
 
 from recscale.scaling.collect import Records, write_csv
 from recscale.scaling.figures import axis_figure, gain_figure, short_number
-from recscale.scaling.axis_fits import Fit, Gain
-from recscale.scaling.axis_forms import FORMS
+from recscale.scaling.fits import Gain, Law
 from recscale.scaling.laws import AxisLaw, AxisSpec, SeedNoise, axis_law, seed_noise
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -181,21 +180,21 @@ def _law_row(law: AxisLaw) -> dict[str, Any]:
         "label": law.spec.label,
         "unit": law.spec.unit,
         "problem": law.problem,
-        "judgement": law.judgement.text if law.fits else "",
+        "judgement": law.judgement if law.fits else "",
         "gain": f"{law.gain.value:.4f} ({_interval(law.gain)})",
         "flat": law.gain.flat,
-        "forms": [_form_row(fit, fit.form == law.judgement.form) for fit in law.fits],
+        "forms": [_form_row(fit, fit.form == law.quoted) for fit in law.fits],
     }
 
 
-def _form_row(fit: Fit, quoted: bool) -> dict[str, Any]:
+def _form_row(fit: Law, quoted: bool) -> dict[str, Any]:
     numbers = []
     for name, value in fit.params.items():
         low, high = fit.intervals[name]
         verdict = fit.verdicts.get(name, "")
         numbers.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", verdict))
     return {
-        "formula": FORMS[fit.form].formula,
+        "formula": fit.formula,
         "quoted": quoted,
         "certified": fit.certified,
         "reasons": "; ".join((*fit.reasons, *fit.notes)),
@@ -267,8 +266,8 @@ def _law_json(law: AxisLaw, noise: SeedNoise) -> dict[str, Any]:
         "metric_unit": spec.metric_unit,
         "answer": answer(law),
         "problem": law.problem,
-        "judgement": law.judgement.text,
-        "quoted_form": law.judgement.form or None,
+        "judgement": law.judgement,
+        "quoted_form": law.quoted or None,
         "gain_per_doubling": {"value": gain.value, "interval": [gain.low, gain.high]} if law.fits else None,
         "flat": gain.flat if law.fits else None,
         "cost_per_doubling": None if law.cost is None else {"extra": law.cost.extra, "unit": law.cost.unit},
@@ -287,14 +286,14 @@ def _law_json(law: AxisLaw, noise: SeedNoise) -> dict[str, Any]:
     }
 
 
-def _fit_json(fit: Fit) -> dict[str, Any]:
+def _fit_json(fit: Law) -> dict[str, Any]:
     return {
         "form": fit.form,
-        "formula": FORMS[fit.form].formula,
+        "formula": fit.formula,
         "params": fit.params,
         "stderr": fit.stderr,
         "intervals": fit.intervals,
-        "covariance": np.atleast_2d(np.cov(fit.draws_SP, rowvar=False)).tolist(),
+        "covariance": fit.covariance.tolist(),
         "verdicts": fit.verdicts,
         "certified": fit.certified,
         "reasons": [*fit.reasons, *fit.notes],

@@ -8,7 +8,7 @@ import numpy as np
 from recscale.scaling.laws import AxisSpec
 
 FLOOR = 3.1
-SEED_SD = 0.003
+SEED_SD = 0.002
 BASE = {"table_rows": 4096, "users": 8000, "history": 64, "width": 64, "context_features": 0}
 AXES = {
     "users": ([1000, 2000, 4000, 8000, 16000, 32000, 64000], 9.0, 0.45),
@@ -73,17 +73,23 @@ def write(folder, entry):
     return run
 
 
-def write_study(folder, seed=0):
-    """All cells of the four axes, three seeds at the base, one diverged and one unreadable run."""
+def write_study(folder, seed=1):
+    """All cells of the four axes, five seeds at the base, one diverged and one unreadable run."""
     rng = np.random.default_rng(seed)
-    for number in range(3):
+
+    def base(number):
         write(folder, record("base", list(AXES), dict(BASE), number, loss(BASE) + SEED_SD * rng.standard_normal()))
+
+    for number in range(3):
+        base(number)
     for axis, (values, _, _) in AXES.items():
         for x in values:
             if x != BASE[axis]:
                 place = {**BASE, axis: x}
                 value = loss(place) + SEED_SD * rng.standard_normal()
                 write(folder, record(f"{axis}-{x}", [axis], place, 0, value))
+    for number in (3, 4):
+        base(number)
     broken = record("width-512", ["width"], {**BASE, "width": 512}, 0, 3.0, status="diverged")
     write(folder, {**broken, "reason": "loss is <nan> & at step 41", "evaluations": []})
     (Path(folder) / "torn").mkdir()

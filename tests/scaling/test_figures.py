@@ -55,7 +55,7 @@ def test_axes_carry_units_and_the_known_floor_is_labelled(fitted, tmp_path, monk
 
 
 def test_figures_of_an_axis_that_cannot_be_fitted(fitted, tmp_path):
-    bare = dataclasses.replace(fitted[0], fits=(), problem="2 distinct values")
+    bare = dataclasses.replace(fitted[0], comparison=None, problem="2 distinct values")
     for count in (0, 1, 2):
         cut = dataclasses.replace(
             bare, **{name: getattr(bare, name)[:count] for name in ("x_N", "y_N", "sigma_N", "seeds_N", "stderr_N")}

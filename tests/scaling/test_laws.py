@@ -16,7 +16,7 @@ def rows(tmp_path_factory):
 
 def test_planted_floor_and_gain_lie_inside_their_intervals(rows):
     law = laws.axis_law(rows, study.SPECS[0], draws=500)
-    assert law.power.certified and law.judgement.form == "pow_floor"
+    assert law.power.certified and law.quoted == "pow_floor"
     assert law.power.intervals["E"][0] <= study.FLOOR <= law.power.intervals["E"][1]
     gain = 9.0 * (64000**-0.45 - 128000**-0.45)
     assert law.gain.low <= gain <= law.gain.high
@@ -36,8 +36,8 @@ def test_replicates_are_averaged_and_weigh_more(rows):
     noise = laws.seed_noise(rows, study.SPECS[0].evaluation)
     base = [row["eval.test.all.nats"] for row in rows if row["cell.name"] == "base"]
     here = int(np.flatnonzero(law.x_N == 8000)[0])
-    assert law.seeds_N[here] == 3 and law.y_N[here] == pytest.approx(np.mean(base))
-    assert noise.dof == 2 and noise.sd == pytest.approx(np.std(base, ddof=1))
+    assert law.seeds_N[here] == 5 and law.y_N[here] == pytest.approx(np.mean(base))
+    assert noise.dof == 4 and noise.sd == pytest.approx(np.std(base, ddof=1))
     assert law.sigma_N is not None
     np.testing.assert_allclose(law.sigma_N, noise.sd / np.sqrt(law.seeds_N))
     assert law.noise_source == "seed replicates"
@@ -54,7 +54,8 @@ def test_unpaired_cells_carry_the_evaluation_error_too(rows):
 def test_without_replicates_the_residuals_speak(rows):
     single = [row for row in rows if row["seed"] == 0]
     law = laws.axis_law(single, study.SPECS[0], draws=500)
-    assert law.sigma_N is None and "residuals" in law.noise_source and law.power.certified
+    assert law.sigma_N is None and "residuals" in law.noise_source
+    assert law.power.certificate.minimum and law.power.reasons == ("7 points for 3 parameters, needs 9",)
 
 
 def test_cost_of_the_next_doubling_follows_the_slope_of_the_cost(rows):
@@ -69,6 +70,6 @@ def test_too_few_distinct_x_and_unusable_runs_are_said(rows):
     law = laws.axis_law(few, study.SPECS[0])
     assert not law.fits and law.problem.startswith("2 distinct values")
     law = laws.axis_law(rows, dataclasses.replace(study.SPECS[0], x="cell.coordinates.absent"))
-    assert law.problem.startswith("0 distinct") and len(law.unusable) == 9
+    assert law.problem.startswith("0 distinct") and len(law.unusable) == 11
     law = laws.axis_law(rows, dataclasses.replace(study.SPECS[0], metric="absent"))
     assert "eval.test.all.absent" in law.unusable[0][1]
