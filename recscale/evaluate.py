@@ -219,11 +219,14 @@ def _in_view_order(found, view, log, window) -> tuple[dict[str, np.ndarray], dic
 
 
 def _target_mask(name, mask, view, per_target) -> np.ndarray:
-    """A slice over examples or over all targets of the view -> over the targets that were ranked."""
+    """A slice over examples or over all targets of the view -> over the targets that were ranked.
+
+    An example of a window view belongs to a slice over targets by its first target.
+    """
     count = view.stop - view.target_start
     if len(mask) == len(view):
         return mask[per_target["example"]]
-    if len(mask) == count.sum() and view.reading == "next_item":
+    if len(mask) == count.sum():
         place = np.cumsum(count) - count - view.target_start
         return mask[place[per_target["example"]] + per_target["row"]]
     raise ValueError(

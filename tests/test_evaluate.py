@@ -190,6 +190,18 @@ def test_slices_over_examples_and_over_targets():
         run(log, view, slices={"x": np.ones(3, bool)})
 
 
+def test_a_slice_over_the_targets_of_a_window_goes_by_the_first_target():
+    log = make_log()
+    view = half_view(log, "window")
+    count = view.stop - view.target_start
+    assert (count > 1).any()  # else a slice over targets is one over examples
+    targets = np.concatenate([log.events["item_id"][a:b] for a, b in zip(view.target_start, view.stop, strict=True)])
+    rows, got = run(log, view, slices={"items": targets <= 5})
+    first = log.events["item_id"][view.target_start] <= 5
+    assert first.any() and not first.all()
+    assert value(rows, "nats", "items") == pytest.approx(got["nats"][first].mean())
+
+
 def test_nats_alone_are_the_same_nats():
     log = make_log()
     view = half_view(log)
