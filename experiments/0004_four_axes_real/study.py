@@ -25,8 +25,7 @@ NAME = "0004_four_axes_real"
 PLAN = HERE / "plan.csv"
 MODEL_BASES = {"hstu": hstu_ml1m, "sasrec": sasrec_ml1m}
 POINTS, SEEDS = 27, (0, 1, 2)
-BASE_WIDTH, MAX_LENGTH = 16, 64
-DENSE_RATE, TABLE_RATE = 3e-3, 2e-2  # at width 16; found on one point of each log before the plan was made
+BASE_WIDTH = 16
 WARMUP = 0.05  # of the steps
 DIMS = (2, 4, 8, 16, 32, 64)
 ENCODERS = ((4, 1), (8, 1), (16, 1), (16, 2), (32, 2), (64, 2))  # (width, depth)
@@ -38,23 +37,38 @@ FLOAT_KEYS = ("dense_rate", "table_rate")
 
 
 class Log(NamedTuple):
-    """A log: its folder, the users that the largest fitted runs train on, and those of the held-out rung."""
+    """A log: its folder, the training users of the largest fitted runs and of the held-out rung, rows, and the split.
+
+    rows: of a step, `row_length` events each; it is also the longest history. dense_rate: at encoder width 16.
+    """
 
     path: Path
     users: int
     all_users: int
+    rows: int
+    row_length: int
+    dense_rate: float
+    table_rate: float
+    split: dict[str, Any]
 
     @property
     def levels(self) -> list[int]:
-        """Seven numbers of users from 1/40 of the largest on."""
-        return [round(self.users * 40 ** (k / 6 - 1)) for k in range(7)]
+        """Seven numbers of users from 1/36 of the largest on."""
+        return [round(self.users * 36 ** (k / 6 - 1)) for k in range(7)]
 
 
+def _windows(after: int, days: int) -> dict[str, Any]:
+    """Training before `after` (seconds), then a window of `days` to validate and one to test: what users do first."""
+    window = days * 86_400
+    return {"name": "next_window", "val_at": after, "at": after + window, "window": window}
+
+
+LEAVE_ONE_OUT = {"name": "leave_one_out", "validation": True, "validation_users": 1024}
 LOGS = {
-    "ml1m": Log(Path("logs/ml-1m"), 3_020, 6_040),
-    "beauty": Log(Path("logs/beauty"), 22_363, 22_363),
-    "sports": Log(Path("logs/sports"), 35_598, 35_598),
-    "kuairand": Log(Path("logs/kuairand-pure"), 20_395, 20_395),
+    "ml1m": Log(Path("logs/ml-1m"), 3_020, 6_040, 2, 64, 3e-3, 2e-2, LEAVE_ONE_OUT),  # the log has no times
+    "beauty": Log(Path("logs/beauty"), 22_363, 22_363, 1, 32, 3e-3, 1e-2, LEAVE_ONE_OUT),
+    "sports": Log(Path("logs/sports"), 35_598, 35_598, 1, 32, 3e-3, 1e-2, LEAVE_ONE_OUT),
+    "kuairand": Log(Path("logs/kuairand-pure"), 21_573, 21_573, 1, 32, 3e-3, 1e-2, _windows(1_651_795_200, 1)),
 }
 
 
@@ -84,20 +98,21 @@ def get_config(cell: str) -> ConfigDict:
 
 
 def _base(data: str, model: str) -> ConfigDict:
-    """What all cells of a group share: 128 events a step, one pass, 512 shared negatives, leave-one-out."""
-    config = MODEL_BASES[model].get_config().unlock()
-    config.data.path = str(LOGS[data].path)
-    config.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
-    config.loader.update({"batch_size": 2, "length": MAX_LENGTH, "row_length": 64, "window": "all", "layout": "packed"})
-    config.model.update({"embed_dim": 16, "width": BASE_WIDTH, "depth": 1, "heads": 1, "max_length": MAX_LENGTH})
+    """What all cells of a group share: few events a step, one pass, 512 shared negatives, one evaluation."""
+    config, log = MODEL_BASES[model].get_config().unlock(), LOGS[data]
+    config.data.path = str(log.path)
+    config.split = ConfigDict(log.split)
+    config.loader.update({"batch_size": log.rows, "length": log.row_length, "row_length": log.row_length})
+    config.loader.update({"window": "all", "layout": "packed"})
+    config.model.update({"embed_dim": 16, "width": BASE_WIDTH, "depth": 1, "heads": 1, "max_length": log.row_length})
     config.model.update({"dropout": 0.0} | ({"ffn": BASE_WIDTH} if "ffn" in config.model else {}))
     config.task.update({"loss": "sampled", "negatives": 512, "sampler": "uniform", "shared": "batch", "logq": "none"})
     config.task.update({"similarity": "dot", "temperature": 1.0})
-    config.optim.update({"schedule": "cosine", "learning_rate": DENSE_RATE, "clip": 1.0})
-    config.table.update({"optimizer": "lazy_adam", "learning_rate": TABLE_RATE})
+    config.optim.update({"schedule": "cosine", "learning_rate": log.dense_rate, "clip": 1.0})
+    config.table.update({"optimizer": "lazy_adam", "learning_rate": log.table_rate})
     config.train.update({"epochs": 1.0, "eval_every": 0, "checkpoint_every": 0, "select": "", "patience": 0})
     config.eval.update({"final": ("val", "test"), "protocols": ("full",), "ks": (10,), "block": 4096})
-    config.eval.update({"chunk": 1024, "top_k": 0})
+    config.eval.update({"chunk": 1024, "top_k": 10})
     config.cell.coordinates = ConfigDict({"data": data, "model": model})
     return config.lock()
 
@@ -109,7 +124,7 @@ def _config(row: dict[str, Any]) -> ConfigDict:
     config = axes.context_history(config, row["history"])
     config = axes.encoder_width(config, row["width"])
     config = axes.encoder_depth(config, row["depth"]).unlock()
-    config.optim.learning_rate *= row["dense_rate"] / DENSE_RATE
+    config.optim.learning_rate *= row["dense_rate"] / LOGS[row["data"]].dense_rate
     config.table.learning_rate = row["table_rate"]
     config.optim.warmup = config.table.warmup = int(WARMUP * row["steps"])
     coordinates = {"dim": row["dim"], "encoder": _layers(config), "held_out": row["held_out"]}
@@ -149,7 +164,7 @@ def _point(data: str, model: str, levels: plans.Point, name: str, **changes: Any
     width, depth = levels["encoder"]
     row = {"cell": "", "data": data, "model": model, "users": levels["users"], "dim": levels["dim"], "width": width}
     row |= {"depth": depth, "history": levels["history"], "seed": 0, "held_out": 0, "lr_sweep": ""}
-    row |= {"dense_rate": DENSE_RATE, "table_rate": TABLE_RATE, "steps": 0} | changes
+    row |= {"dense_rate": LOGS[data].dense_rate, "table_rate": LOGS[data].table_rate, "steps": 0} | changes
     return row | {"cell": f"{data}-{model}-{name}-s{row['seed']}"}
 
 
@@ -169,7 +184,7 @@ def _beyond(data: str) -> list[plans.Point]:
     """The held-out rung: two points beyond the fitted ones in table, context and encoder (on ML-1M in data too)."""
     users = LOGS[data].all_users
     return [
-        {"users": users, "dim": 128, "encoder": (128, 2), "history": 64},
+        {"users": users, "dim": 128, "encoder": (128, 2), "history": LOGS[data].row_length},
         {"users": users, "dim": 64, "encoder": (128, 4), "history": 32},
     ]
 
@@ -192,22 +207,28 @@ def group_plan(data: str, model: str) -> list[dict[str, Any]]:
     order = sorted(range(POINTS), key=lambda i: fitted[i][plans.COST])
     again = {order[0]: SEEDS[1:], order[POINTS // 2]: SEEDS[1:], order[-1]: SEEDS[1:]}
     repeats = [sized(drawn[i], f"p{i:02d}", seed=seed) for i, seeds in again.items() for seed in seeds]
-    top = [sized(levels, f"top{i}", held_out=1) for i, levels in enumerate(beyond)]
+    top = [
+        sized(levels, f"top{i}", held_out=1, seed=seed)
+        for i, seed in ((0, 0), (1, 0), (0, 1))
+        for levels in [beyond[i]]
+    ]
     return fitted[:9] + repeats[:2] + fitted[9:18] + top[:1] + repeats[2:4] + fitted[18:] + repeats[4:] + top[1:]
 
 
 def sweep_plan(data: str, model: str) -> list[dict[str, Any]]:
-    """The learning rates at two scales: the dense rate and, at its middle value, the table's."""
+    """The dense learning rate at three scales and, at the middle value of it, the table's at the first two."""
     users = LOGS[data].levels
     scales = {
         "small": {"users": users[2], "dim": 8, "encoder": (8, 1), "history": 8},
-        "middle": {"users": users[5], "dim": 32, "encoder": (32, 2), "history": 16},
+        "middle": {"users": users[4], "dim": 16, "encoder": (16, 2), "history": 16},
+        "large": {"users": users[6], "dim": 32, "encoder": (64, 2), "history": 16},
     }
     rows = []
     for scale, levels in scales.items():
         sizes = _sizes(data, model, **levels)
-        rates = [(f * DENSE_RATE, TABLE_RATE) for f in RATE_FACTORS]
-        rates += [(DENSE_RATE, f * TABLE_RATE) for f in RATE_FACTORS if f != 1.0]
+        middle, table = LOGS[data].dense_rate, LOGS[data].table_rate
+        rates = [(factor * middle, table) for factor in RATE_FACTORS]
+        rates += [(middle, factor * table) for factor in RATE_FACTORS if factor != 1.0 and scale != "large"]
         for dense, table in rates:
             changes = {"dense_rate": dense, "table_rate": table, "lr_sweep": scale}
             rows.append(_point(data, model, levels, f"{scale}-lr{dense:.0e}-table{table:.0e}", **changes) | sizes)
