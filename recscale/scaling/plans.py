@@ -2,7 +2,7 @@
 
 A point is {axis: level}; a level is whatever the study's config understands (a number, or a tuple such as width and
 depth). `measure(point)` builds the config of a point and returns its sizes by column of the run table, e.g.
-{"parameters.tables": ..., "seen.events": ..., "flops.train_total": ...}.
+{"parameters.tables": ..., "seen.events": ..., "flops.train_total": ...}: `costs` and `seen` of recscale.run give them.
 """
 
 import dataclasses
