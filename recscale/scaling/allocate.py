@@ -7,17 +7,18 @@ data); a budget is its largest allowed value. K axes, B budgets, S draws, M cand
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize
 from scipy.stats import qmc
 
-from recscale.scaling.fits import Gain, Law, Sizes
 from recscale.scaling.forms import FORMS
 from recscale.scaling.intervals import percentiles
+from recscale.scaling.law import Gain, Law, Sizes
 
 STARTS = 8
-Cost = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+Cost = Callable[[Mapping[str, Any]], Any]
 
 
 def product_cost(kappa: float, *axes: str) -> Cost:
@@ -41,7 +42,7 @@ class FittedCost:
 
 
 def fitted_cost(x: Mapping[str, np.ndarray], cost_N: np.ndarray) -> FittedCost:
-    """The log-linear cost of runs of sizes x (by axis, [N]). Raises ValueError for non-positive costs or too few runs."""
+    """The log-linear cost of runs of sizes x (by axis, [N]). Raises ValueError for costs below 0 or too few runs."""
     cost_N = np.asarray(cost_N, np.float64)
     if len(cost_N) < len(x) + 2:
         raise ValueError(f"cost: found {len(cost_N)} runs, expected at least {len(x) + 2} for {len(x)} axes")
@@ -142,7 +143,7 @@ def product_optimum(law: Law, budget: float, kappa: float, params_P: np.ndarray 
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
-    """The best allocation at each budget: sizes by axis [B] with 90 % bands over bootstrap draws, the metric likewise."""
+    """The best allocation at each budget: sizes by axis [B] and the metric, with 90 % bands over bootstrap draws."""
 
     cost: str
     budget_B: np.ndarray

@@ -23,7 +23,7 @@ class Form:
     """One law y = f(x_1 .. x_K).
 
     formula: for the reader; axes: smallest and largest K (0: any); names(axes) -> names of the P parameters.
-    curve(theta_SQ, z_KN) -> value [S, N], derivatives [S, N, Q]; natural(theta_SQ, centre_K) -> params_SP and inner, its
+    curve(theta_SQ, z_KN) -> value [S, N], derivatives [S, N, Q]; natural(theta_SQ, centre_K) -> params_SP; inner, its
     inverse; predict(params_SP, log_x_KN) -> [S, N]; seeds(z_KN, y_N, row_N) -> starts [C, Q] and their rss [C];
     bounds(K) -> lower_Q, upper_Q. positive: prefixes of the parameters that must be above 0 for the form to be a law.
     exponents: prefixes of the parameters that get a profile and a verdict, as does the limit.
@@ -67,6 +67,10 @@ def _free(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full(count, -np.inf), np.full(count, np.inf)
 
 
+def _parameters_free(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    return _free(count)
+
+
 def _smooth_bounds(k: int, exponents: int) -> tuple[np.ndarray, np.ndarray]:
     lower_Q, upper_Q = _free(1 + k + exponents)
     lower_Q[1 + k :], upper_Q[1 + k :] = sums.EXPONENTS
@@ -82,7 +86,7 @@ def _additive(
     sign: float,
     top: float,
 ) -> Form:
-    """A sum of power terms on top of a floor (sign 1) or below a ceiling (sign -1); groups(K): exponent of each axis."""
+    """A sum of power terms above a floor (sign 1) or below a ceiling (sign -1); groups(K): exponent of each axis."""
 
     def names(axis_names: tuple[str, ...]) -> tuple[str, ...]:
         tied = groups(len(axis_names))
@@ -352,7 +356,7 @@ FORMS = {
                 inner,
                 predict,
                 seeds,
-                lambda k, count=len(parameters): _free(count),
+                partial(_parameters_free, len(parameters)),
                 raw=True,
             )
             for name, (formula, parameters, curve, natural, inner, predict, seeds) in single.LINKS.items()

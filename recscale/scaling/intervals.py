@@ -59,9 +59,9 @@ def _spread(residual_N: np.ndarray) -> float:
 def aicc(goal: Objective, residual_N: np.ndarray, p: int, sigma_dof: float) -> tuple[float, str]:
     """Akaike's criterion with its small-sample correction, up to a constant of the data; k = p + 1 has the noise scale.
 
-    Errors are normal for a least-squares fit, else Huber's (normal inside 1.345 tau, exponential tails beyond), tau being
-    the scale that fits best. The replicates behind sigma speak of that scale like points without parameters, so they
-    add sigma_dof to the number of points; with a known sigma (inf) the scale is 1 and is no parameter.
+    Errors are normal for a least-squares fit, else Huber's (normal inside 1.345 tau, exponential tails beyond), tau
+    being the scale that fits best. The replicates behind sigma speak of that scale like points without parameters, so
+    they add sigma_dof to the number of points; with a known sigma (inf) the scale is 1 and is no parameter.
     """
     residual_N = residual_N[np.isfinite(residual_N)]
     tuning = math.inf if math.isinf(goal.delta) else TUNING
@@ -232,8 +232,8 @@ def profile(
     """Points of the profile of a scalar function of the parameters: values [T] ascending, deviance [T] above the best.
 
     The function is drawn towards targets on both sides by a strong quadratic tie; what is returned are the values it
-    really took, so each is a true point of the profile. deviance <= quantile(noise) is the interval. floor: the smallest
-    value that means anything.
+    really took, so each is a true point of the profile. deviance <= quantile(noise) is the interval. floor: the
+    smallest value that means anything.
     """
     best = goal.at(theta_Q)
     middle = float(function(theta_Q[None])[0, 0])
@@ -267,7 +267,7 @@ def _drawn(goal: Objective, theta_TQ: np.ndarray, targets_T: np.ndarray, tie: Ca
 
 
 def _deviance(goal: Objective, theta_Q: np.ndarray, loss_T: np.ndarray, best: float, noise: Noise) -> np.ndarray:
-    """Twice the log-likelihood lost: by the noise variance for least squares or known sigma, else by the ratio of sums."""
+    """Twice the log-likelihood lost: by the noise variance for least squares or known sigma, else by ratio."""
     if math.isinf(goal.delta) or noise.trusted:
         return 2.0 * np.maximum(loss_T - best, 0.0) / noise.variance
     residual_N = goal.residuals(theta_Q[None], goal.y_N[None])[0][0]

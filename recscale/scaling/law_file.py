@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from recscale.scaling.estimate import Certificate
-from recscale.scaling.fits import Law
 from recscale.scaling.forms import FORMS
+from recscale.scaling.law import Law
 
 SCHEMA_VERSION = 1
 PLAIN = ("form", "params", "stderr", "verdicts", "scale", "n", "objective", "residual_sd", "aicc_note", "metric")
@@ -80,6 +80,7 @@ def _law(document: dict[str, Any]) -> Law:
         **proof, on_bound=tuple(document["certificate"]["on_bound"]), reasons=tuple(document["certificate"]["reasons"])
     )
     numbers = {name: _number(document[name]) for name in ("aicc", "delta_aicc", "weight")}
+    profiles = document["profiles"]
     return Law(
         **{name: document[name] for name in (*PLAIN, *LATER)},
         **numbers,
@@ -91,9 +92,7 @@ def _law(document: dict[str, Any]) -> Law:
         notes=tuple(document["notes"]),
         draws_SP=np.array(document["draws"], np.float64),
         residual_S=np.array(document["residual_draws"], np.float64),
-        profiles={
-            name: tuple(np.array(side, np.float64) for side in pair) for name, pair in document["profiles"].items()
-        },
+        profiles={name: (np.array(x, np.float64), np.array(y, np.float64)) for name, (x, y) in profiles.items()},
     )
 
 

@@ -3,8 +3,8 @@
 Two sets of inner coordinates, both on centred logs z = ln x - centre:
 
 * smooth (`additive`, `ceiling`, `repeat`): value m at the centre, slope b_j and exponent alpha_j of each axis,
-  y = m - sum_j b_j (1 - e^(-alpha_j z_j)) / alpha_j. It tends to m - sum_j b_j z_j, the logarithmic null, as alpha tends
-  to 0, so that data which cannot tell the two apart give a well-conditioned fit with a wide interval, not a runaway one.
+  y = m - sum_j b_j (1 - e^(-alpha_j z_j)) / alpha_j. It tends to m - sum_j b_j z_j, the logarithmic null, as alpha
+  tends to 0: data that cannot tell the two apart give a well-conditioned fit with a wide interval, not a runaway one.
 * logarithmic (`pow`, `gamma`, `kaplan`): y = exp(e) + exp(g LSE_j(a_j - alpha_j z_j)).
 
 S fits at once, N points, K axes, Q inner coordinates, P parameters, G groups of tied exponents.
@@ -101,7 +101,7 @@ def smooth_seeds(
 def log_curve(
     theta_SQ: np.ndarray, z_KN: np.ndarray, exponents: np.ndarray, floor: bool, power: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Value and derivatives of exp(e) + exp(g LSE(a_K - alpha_K z_K)), coordinates (e if floor, a_K, alphas, g if power).
+    """Value, derivatives of exp(e) + exp(g LSE(a_K - alpha_K z_K)); coordinates (e if floor, a_K, alphas, g if power).
 
     exponents[j]: which of the alphas axis j has, -1 for an exponent of 1.
     """

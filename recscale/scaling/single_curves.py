@@ -130,7 +130,7 @@ def repeat_bounds(k: int) -> Pair:
     return lower, upper
 
 
-# ---- M4, arXiv 2209.06640: (e - e_inf) / (e0 - e)^a = b x^-c; coordinates (e_inf, ln(e0 - e_inf), a, ln b at the centre, c)
+# ---- M4, arXiv 2209.06640: (e - e_inf) / (e0 - e)^a = b x^-c; coordinates (e_inf, ln(e0 - e_inf), a, ln b, c)
 
 
 def m4_curve(theta: np.ndarray, z_KN: np.ndarray) -> Pair:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from recscale.scaling.fits import Law, Sizes, fit
+from recscale.scaling.fits import fit
 from recscale.scaling.forms import FORMS
+from recscale.scaling.law import Law, Sizes
 from recscale.scaling.points import Points
 
 FARTHEST_DECADES = 1.5
@@ -111,7 +112,7 @@ class Projection:
 
 
 def project(law: Law, x: Sizes, force: bool = False) -> Projection:
-    """What the law says where no run exists. Raises TooFar beyond 1.5 decades, and for an uncertified law, unless force."""
+    """What the law says where no run exists. Raises TooFar beyond 1.5 decades or for a refused law, unless force."""
     decades_M = law.decades_beyond(x)
     farthest = float(decades_M.max())
     distance = f"{farthest:.2f} decades beyond the data" if farthest > 0 else "inside the range of the data"
@@ -119,7 +120,7 @@ def project(law: Law, x: Sizes, force: bool = False) -> Projection:
         raise TooFar(f"{law.form} is not certified ({'; '.join(law.reasons)}): force it to see what it would say")
     if farthest > FARTHEST_DECADES and not force:
         raise TooFar(
-            f"{distance}, a law speaks for at most {FARTHEST_DECADES}: train larger runs, or force it and say that you did"
+            f"{distance}, a law speaks for at most {FARTHEST_DECADES}: train larger runs, or force it and say so"
         )
     value_M, low_M, high_M = law.prediction(x)
     forced = "" if law.certified and farthest <= FARTHEST_DECADES else " (forced)"
@@ -214,3 +215,40 @@ def sensitivity(points: Points, law: Law, draws: int = 200, **options: Any) -> S
         except ValueError as error:
             rows.append((name, None, str(error)))
     return Sensitivity(tuple(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Of how many simulated studies each parameter's 90 % interval covered the truth it was drawn from."""
+
+    studies: int
+    covered: dict[str, int]
+
+
+def calibration(points: Points, law: Law, studies: int = 100, seed: int = 0, draws: int = 300) -> Calibration:
+    """Draws studies of the same design from the law and its noise, fits each the same way, and counts what is covered.
+
+    Noise: sigma of the points where it is known (and then sigma itself is drawn as its degrees of freedom allow), else
+    the residual spread of the law. An interval that says "90 %" should cover in about 90 of 100 studies.
+    """
+    rng = np.random.default_rng(seed)
+    seen = points.fitted
+    truth_N = law.curve(seen.x)
+    known = seen.sigma_N is not None and law.sigma_trusted
+    unit_N = np.full(len(seen), law.residual_sd) if seen.sigma_N is None or not known else seen.sigma_N
+    relative = law.scale == "log" and not known
+    judged = tuple(law.verdicts)
+    covered = dict.fromkeys(judged, 0)
+    for study in range(studies):
+        moved_N = unit_N * rng.standard_normal(len(seen))
+        y_N = truth_N * np.exp(moved_N) if relative else truth_N + moved_N
+        sigma_N = seen.sigma_N
+        if sigma_N is not None and math.isfinite(seen.sigma_dof):
+            sigma_N = sigma_N * math.sqrt(rng.chisquare(seen.sigma_dof) / seen.sigma_dof)
+        drawn = dataclasses.replace(seen, y_N=y_N, sigma_N=sigma_N)
+        delta = "lsq" if math.isinf(law.delta) else "seed"
+        found = fit(drawn, law.form, scale=law.scale, delta=delta, draws=draws, seed=study, force=True)
+        for name in judged:
+            low, high = found.intervals[name]
+            covered[name] += low <= law.params[name] <= high
+    return Calibration(studies, covered)
