@@ -266,7 +266,8 @@ def certificate(
     p, q = len(params), len(theta_Q)
     noise = _noise_of_one(goal, residual_N, q)
     size_Q = np.sqrt(np.maximum(np.diagonal(major[0]), 1e-300))
-    gradient = float(np.abs(grad[0] / size_Q).max() / noise)
+    inside_Q = (theta_Q > goal.bounds[0]) & (theta_Q < goal.bounds[1])  # on a bound the slope is said by the bound
+    gradient = float(np.abs(grad[0] / size_Q)[inside_Q].max(initial=0.0) / noise)
     condition = float(np.linalg.cond(major[0] / np.outer(size_Q, size_Q)))
     best = min(float(losses.min()), float(loss[0]))
     slack = AGREEMENT * max(best, noise**2)

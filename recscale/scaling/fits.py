@@ -182,6 +182,9 @@ def _with_intervals(law: Law, goal: Objective, theta_Q: np.ndarray, noise: sure.
             low, high = sure.crossing(value_T, deviance_T, sure.quantile(noise))
             intervals[name] = min(low, intervals[name][0]), max(high, intervals[name][1])
         verdicts[name] = _verdict(law, name, intervals[name], bool((goal.y_N > 0).all()))
+        if name == entry.limit and (goal.y_N > 0).all():  # a loss cannot end below 0, nor a share above 1
+            low, high = np.clip(intervals[name], *entry.limits)
+            intervals[name] = float(low), float(high)
     return dataclasses.replace(law, intervals=intervals, verdicts=verdicts, profiles=profiles)
 
 
@@ -194,6 +197,8 @@ def _verdict(law: Law, name: str, interval: tuple[float, float], bounded: bool) 
     # A limit is known as well as what is left above it: 5.1 +- .1 says nothing .1 away.
     reached = float(law.curve(law.corner())[0])
     low, high = entry.limits
+    if bounded and not low <= law.params[name] <= high:
+        return "not identified"
     return sure.verdict(reached - law.params[name], interval, bounded and (interval[0] <= low or interval[1] >= high))
 
 

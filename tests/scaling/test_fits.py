@@ -159,7 +159,7 @@ def test_log_linear_data_is_not_called_a_power_law_with_a_floor():
 
 def test_two_forms_that_fit_alike_are_averaged_and_said_to_be_alike():
     x = np.geomspace(1, 256, 12)
-    y = 0.44 + 0.006 * x**-0.1 + 2.5e-4 * np.sin(3 * np.arange(12))
+    y = 0.44 + 0.006 * x**-0.1 + 2e-4 * np.sin(3 * np.arange(12))
     found = fits.compare(Points.of({"x": x}, y), ("pow_floor", "log"), scale="identity", delta="lsq")
     assert "indistinguishable" in found.text and found.near
     assert found.mixed({"x": 512.0}).shape[1] == 1
