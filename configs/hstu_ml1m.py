@@ -73,10 +73,15 @@ def get_config() -> ConfigDict:
             "schedule": "cosine",
             "learning_rate": 1e-3,
             "warmup": 0,
+            "decay": 0.2,
             "b1": 0.9,
             "b2": 0.98,
             "weight_decay": 0.0,
             "clip": 0.0,
+            "parametrisation": "sp",
+            "base_width": 0,
+            "base_embed_dim": 0,
+            "base_head_dim": 0,
         }
     )
     c.train = ConfigDict(
@@ -87,6 +92,9 @@ def get_config() -> ConfigDict:
             "checkpoint_every": 412,
             "select": "ndcg@10/unseen max",
             "patience": 0,
+            "keep_steps": (),
+            "branch_from": "",
+            "branch_step": 0,
         }
     )
     c.eval = ConfigDict(

@@ -73,14 +73,29 @@ def get_config() -> ConfigDict:
             "schedule": "cosine",
             "learning_rate": 3e-3,
             "warmup": 50,
+            "decay": 0.2,
             "b1": 0.9,
             "b2": 0.98,
             "weight_decay": 0.0,
             "clip": 1.0,
+            "parametrisation": "sp",
+            "base_width": 0,
+            "base_embed_dim": 0,
+            "base_head_dim": 0,
         }
     )
     c.train = ConfigDict(
-        {"epochs": 1.0, "log_every": 20, "eval_every": 0, "checkpoint_every": 0, "select": "", "patience": 0}
+        {
+            "epochs": 1.0,
+            "log_every": 20,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+            "select": "",
+            "patience": 0,
+            "keep_steps": (),
+            "branch_from": "",
+            "branch_step": 0,
+        }
     )
     c.eval = ConfigDict(
         {

@@ -1,37 +1,94 @@
 """Optimizers: optax for the dense parameters, one rule per row for the tables, and the learning-rate schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from recscale.layers.embedding import RowRule
+from recscale.layers.width_transfer import scaled
 
 
-def schedule(name: str, peak: float, warmup: int, steps: int) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up, then "constant", "cosine" (to zero) or "wsd" (last fifth linear)."""
+class Phases(NamedTuple):
+    """The parts of a run in steps: warm-up to `warmup`, decay from `decay_start` to `horizon`, where the rate is zero.
+
+    A schedule without a decay has decay_start = horizon.
+    """
+
+    horizon: int
+    warmup: int
+    decay_start: int
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps over which the learning rate falls; 0: it never does."""
+        return self.horizon - self.decay_start
+
+
+def phases(name: str, warmup: int, steps: int, decay: float) -> Phases:
+    """Phases of a schedule; decay: share of the steps in which "wsd" falls. Raises ValueError for what cannot be."""
     if name not in SCHEDULES:
         raise ValueError(f"optim.schedule = {name!r}: expected one of {tuple(SCHEDULES)}")
-    body = SCHEDULES[name](peak, max(1, steps - warmup))
+    if name != "wsd":
+        return Phases(steps, warmup, steps if name == "constant" else min(warmup, steps))
+    if not 0.0 < decay <= 1.0:
+        raise ValueError(f"optim.decay = {decay}: expected the share of the steps that decay, above 0 and at most 1")
+    decay_start = steps - max(1, round(decay * steps))
+    if decay_start < warmup:
+        raise ValueError(
+            f"the decay begins at step {decay_start} of {steps}, before the warm-up of {warmup} steps ends: lower "
+            "optim.decay, optim.warmup or table.warmup, or train longer"
+        )
+    return Phases(steps, warmup, decay_start)
+
+
+def schedule(name: str, peak: float, warmup: int, steps: int, decay: float = 0.2) -> optax.Schedule:
+    """Learning rate over steps: linear warm-up, then "constant", "cosine" (to zero) or "wsd".
+
+    "wsd" (warm-up, stable, decay; arXiv 2405.18392): constant, then linear to zero over the last share `decay` of all
+    steps. Until its decay begins it does not depend on `steps`, so runs of several lengths can share their beginning.
+    """
+    plan = phases(name, warmup, steps, decay)
+    body = SCHEDULES[name](peak, plan)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup]) if warmup else body
 
 
-SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
-    "constant": lambda peak, steps: optax.constant_schedule(peak),
-    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
-    "wsd": lambda peak, steps: optax.join_schedules(
-        [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, max(1, steps // 5))], [steps - steps // 5]
+SCHEDULES: dict[str, Callable[[float, Phases], optax.Schedule]] = {
+    "constant": lambda peak, plan: optax.constant_schedule(peak),
+    "cosine": lambda peak, plan: optax.cosine_decay_schedule(peak, max(1, plan.horizon - plan.warmup)),
+    "wsd": lambda peak, plan: optax.join_schedules(
+        [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, plan.decay_steps)],
+        [plan.decay_start - plan.warmup],
     ),
 }
+PARAMETRISATIONS = ("sp", "mup")
 
 
 def dense(
-    learning_rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip: float
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip: float,
+    rates: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping (clip = 0: none) for the dense parameters."""
-    chain = [optax.clip_by_global_norm(clip)] if clip else []
-    return optax.chain(*chain, optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay))
+    """AdamW with global-norm clipping (clip = 0: none) for the dense parameters.
+
+    rates: name of a parameter -> factor on its learning rate (layers/width_transfer.py). The weight decay of a step
+    stays learning rate x weight_decay for all of them.
+    """
+    clipping = [optax.clip_by_global_norm(clip)] if clip else []
+    by_name = [optax.stateless(lambda updates, _: scaled(updates, rates))] if rates else []
+    adam = optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2),
+        *by_name,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optax.chain(*clipping, adam)
 
 
 def _sgd(rows, slots, grads, lr, step):

@@ -15,6 +15,7 @@ from recscale import optim
 from recscale.layers.embedding import RowRule
 from recscale.layers.kinds import Table
 from recscale.layers.tables import Tables
+from recscale.layers.width_transfer import BaseShape, scaled
 from recscale.mesh import BATCH, REMAT, REPLICATED, dense_shardings, make_mesh
 from recscale.models import MODELS
 from recscale.tasks import TASKS
@@ -34,8 +35,14 @@ SECTIONS = {
         *("kind", "rows", "parts", "inner", "combine", "dtype", "codes"),
         *("optimizer", "learning_rate", "weight_decay", "warmup"),
     ),
-    "optim": ("schedule", "learning_rate", "warmup", "b1", "b2", "weight_decay", "clip"),
-    "train": ("epochs", "log_every", "eval_every", "checkpoint_every", "select", "patience"),
+    "optim": (
+        *("schedule", "learning_rate", "warmup", "decay", "b1", "b2", "weight_decay", "clip"),
+        *("parametrisation", "base_width", "base_embed_dim", "base_head_dim"),
+    ),
+    "train": (
+        *("epochs", "log_every", "eval_every", "checkpoint_every", "select", "patience"),
+        *("keep_steps", "branch_from", "branch_step"),
+    ),
     "eval": ("during", "final", "batch_size", "ks", "protocols", "block", "chunk", "top_k"),
     "mesh": ("replica", "data", "model", "accumulate", "remat"),
 }
@@ -77,13 +84,14 @@ def program(
     specs |= {name: Table(cardinalities[name] - 1, dim) for name in contexts}
     if task.needs_frequency:
         specs[FREQUENCY] = Table(num_items, 1, fixed=True)
-    model = MODELS[config.model_name]
-    model_config = model.Config(**config.model)
+    model: ModuleType = MODELS[config.model_name]
+    model_config = model.Config(**config.model, base=_base_shape(config))
     if config.loader.length > model_config.max_length:
         raise ValueError(
             f"loader.length = {config.loader.length} is beyond model.max_length = {model_config.max_length}"
         )
-    learning_rate = optim.schedule(c.schedule, c.learning_rate, c.warmup, steps)
+    learning_rate = optim.schedule(c.schedule, c.learning_rate, c.warmup, steps, c.decay)
+    rates = {f"0.{name}": factors.rate for name, factors in model.width_factors(model_config).items()}  # of two trees
     return Program(
         config=config,
         mesh=mesh,
@@ -93,9 +101,14 @@ def program(
         task=task,
         steps=steps,
         learning_rate=learning_rate,
-        table_learning_rate=optim.schedule(c.schedule, t.learning_rate, t.warmup, steps),
-        optimizer=optim.dense(learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip=c.clip),
+        table_learning_rate=optim.schedule(c.schedule, t.learning_rate, t.warmup, steps, c.decay),
+        optimizer=optim.dense(learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip=c.clip, rates=rates),
     )
+
+
+def _base_shape(config: ml_collections.ConfigDict) -> BaseShape | None:
+    c = config.optim
+    return None if c.parametrisation == "sp" else BaseShape(c.base_width, c.base_embed_dim, c.base_head_dim)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -114,6 +127,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ("task_name", config.task_name, TASKS),
         ("loader.window", config.loader.window, WINDOWS),
         ("table.optimizer", config.table.optimizer, optim.TABLE_OPTIMIZERS),
+        ("optim.parametrisation", config.optim.parametrisation, optim.PARAMETRISATIONS),
         ("mesh.remat", config.mesh.remat, REMAT),
     )
     for key, value, allowed in choices:
@@ -124,6 +138,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"train.select = {select!r}: expected 'METRIC max' or 'METRIC min', and train.eval_every > 0")
     if config.train.patience and not select:
         raise ValueError("train.patience needs train.select, the metric that it waits for")
+    if bool(config.train.branch_from) != (config.train.branch_step > 0):
+        raise ValueError(
+            f"train.branch_from = {config.train.branch_from!r} with train.branch_step = {config.train.branch_step}: a "
+            "branch needs a workdir and a step of it, any other run neither"
+        )
     if min(m.replica, m.data, m.model, m.accumulate) < 1:
         raise ValueError(f"mesh = {m.to_dict()}: expected replica, data, model and accumulate of at least 1")
     size = m.replica * m.data * m.model
@@ -162,6 +181,7 @@ def draw_tables(run: Program, seed: jax.Array) -> dict[str, Any]:
 def draw_dense(run: Program, seed: jax.Array, mixers: Any) -> dict[str, Any]:
     """The rest of the state at step 0."""
     model = run.model.Model(run.model_config, jax.random.fold_in(jax.random.key(seed), MODEL_STREAM))
+    model = scaled(model, {name: f.initial for name, f in run.model.width_factors(run.model_config).items()})
     return {
         "step": jnp.zeros((), jnp.int32),
         "seed": seed,

@@ -52,9 +52,13 @@ def environment() -> dict[str, Any]:
 def new(config: dict[str, Any]) -> dict[str, Any]:
     """The record of a run that is about to start; `config` is the resolved config with `study`, `cell` and `seed`."""
     digest = config_hash(config)
+    run_id = f"{config['cell']['name'] or 'run'}-s{config['seed']}-{digest[:8]}"
     return {
         "schema_version": SCHEMA_VERSION,
-        "run_id": f"{config['cell']['name'] or 'run'}-s{config['seed']}-{digest[:8]}",
+        "run_id": run_id,
+        "lineage": run_id,  # of a branch: its trunk's; see recscale/branch.py, which also says what the schedule was
+        "parent_run": "",
+        "parent_step": 0,
         "config_hash": digest,
         "study": config["study"],
         "cell": config["cell"],

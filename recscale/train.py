@@ -1,7 +1,8 @@
 """Train one model: python -m recscale.train --config=configs/hstu_ml1m.py --workdir=runs/hstu_ml1m --config.seed=1
 
 An existing workdir is resumed; a finished one is left alone. The workdir holds record.json, metrics.jsonl,
-checkpoints/, best/ (where the config selects a step), per_target_SPLIT.npz and, at the end, DONE.
+checkpoints/, best/ (where the config selects a step), kept/ (states to branch from), per_target_SPLIT.npz and, at the
+end, DONE.
 """
 
 import math
@@ -18,13 +19,13 @@ import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from recscale import record
+from recscale import branch, record
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLogError
 from recscale.evaluate import NonFiniteScore, evaluate_split
 from recscale.mesh import join_processes, place_batch
 from recscale.program import abstract_state
-from recscale.run import build, collapse, costs, init_state, seen
+from recscale.run import build, collapse, costs, seen
 from recscale.step import make_train_step
 
 
@@ -46,15 +47,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     record.write(workdir, book)
     started = time.time()
     run = build(config)
-    book |= costs(run, run.steps) | {"seen": seen(run, run.steps), "steps": run.steps}
+    book |= branch.facts(run) | costs(run, run.steps) | {"seen": seen(run, run.steps), "steps": run.steps}
     record.write(workdir, book)
 
     train_step = make_train_step(run)
     c = config.train
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints, Checkpoints(workdir / "best", keep=1) as best:
-        start = 0
         if (newest := checkpoints.restore_newest(abstract_state(run))) is None:
-            state = init_state(run)
+            state, start = branch.first_state(run)
         else:
             _, state, data = newest
             start = data["next_index"]
@@ -76,7 +76,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             waiting = (step, values)
             last = step == run.steps
             evaluating = c.eval_every and (last or step % c.eval_every == 0)
-            if evaluating or last or (c.checkpoint_every and step % c.checkpoint_every == 0):
+            keeping = step in c.keep_steps
+            if evaluating or last or keeping or (c.checkpoint_every and step % c.checkpoint_every == 0):
                 if status == "ok":
                     status, reason = _read(waiting, metrics, progress, c.log_every)
                 if status == "ok" and not parameters_finite(state):  # the loss is of the parameters before this step
@@ -97,6 +98,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                     best.save(step, state, {"next_index": step})
                     best.wait()  # a run resumed at this step must find it
                 stop = out_of_patience(metrics.rows, config, step)
+            if keeping:
+                branch.keep(run, workdir, step, state)
             if waiting is None:
                 checkpoints.save(step, state, {"next_index": step})
 
@@ -112,8 +115,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 if record.is_writer():
                     np.savez(workdir / f"per_target_{split}.npz", allow_pickle=False, **per_target)
             book["selected_step"] = chosen or step
-        book["evaluations"] = [row for row in metrics.evaluations() if "final" in row]
-        book["curve"] = [row for row in metrics.evaluations() if "final" not in row]
+            book["cooled"] = branch.cooled(run, book["selected_step"])
+        rows = [row | {"cooled": branch.cooled(run, row["step"])} for row in metrics.evaluations()]
+        book["evaluations"] = [row for row in rows if "final" in row]
+        book["curve"] = [row for row in rows if "final" not in row]
         book |= costs(run, step) | {"seen": seen(run, step), "status": status, "reason": reason, "stopped_at": step}
         extra_rounds, lost_rows = (int(x) for x in state["overflow"])
         book["table"] |= {"extra_rounds": extra_rounds, "lost_rows": lost_rows}

@@ -35,6 +35,13 @@ LIBRARY = {
         "recscale.optim",
         "recscale.mesh",
     ),
+    "recscale.branch": (
+        "recscale.program",
+        "recscale.run",
+        "recscale.optim",
+        "recscale.checkpoint",
+        "recscale.record",
+    ),
     "recscale.step": ("recscale.program", "recscale.layers", "recscale.mesh"),
     "recscale.run": (
         "recscale.program",
@@ -44,6 +51,7 @@ LIBRARY = {
         "recscale.mesh",
     ),
     "recscale.train": (
+        "recscale.branch",
         "recscale.program",
         "recscale.run",
         "recscale.step",

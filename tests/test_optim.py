@@ -260,13 +260,51 @@ def test_tables_warm_up_on_their_own():
         ("cosine", 0, {0: 2.0, 50: 1.0, 100: 0.0}),
         ("cosine", 20, {0: 0.0, 10: 1.0, 20: 2.0, 60: 1.0, 100: 0.0, 150: 0.0}),
         ("wsd", 0, {0: 2.0, 79: 2.0, 80: 2.0, 90: 1.0, 100: 0.0}),
-        ("wsd", 50, {25: 1.0, 50: 2.0, 90: 2.0, 95: 1.0, 100: 0.0}),
+        ("wsd", 50, {25: 1.0, 50: 2.0, 80: 2.0, 90: 1.0, 100: 0.0}),
     ],
 )
 def test_schedules(name, warmup, values):
     schedule = optim.schedule(name, 2.0, warmup, 100)
     for step, value in values.items():
         assert float(schedule(step)) == pytest.approx(value, abs=1e-6), step
+
+
+def test_the_beginning_of_wsd_does_not_depend_on_its_length():
+    """To the bit: that is what lets runs of several lengths share a trunk."""
+    short, long = (optim.schedule("wsd", 0.3, 7, steps, 0.25) for steps in (40, 4000))
+    constant = optim.schedule("constant", 0.3, 7, 40)
+    for step in range(31):
+        assert short(jnp.int32(step)) == long(jnp.int32(step)) == constant(jnp.int32(step))
+    assert short(jnp.int32(31)) < long(jnp.int32(31)) and short(jnp.int32(40)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "decay", "decay_start"),
+    [
+        ("constant", 10, 0.2, 100),
+        ("cosine", 10, 0.2, 10),
+        ("wsd", 10, 0.2, 80),
+        ("wsd", 10, 0.001, 99),
+        ("wsd", 0, 1.0, 0),
+    ],
+)
+def test_phases(name, warmup, decay, decay_start):
+    found = optim.phases(name, warmup, 100, decay)
+    assert (found.horizon, found.warmup, found.decay_start) == (100, warmup, decay_start)
+    assert found.decay_steps == 100 - decay_start
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "message"),
+    [
+        (0, 0.0, r"optim.decay = 0.0: expected the share of the steps that decay, above 0 and at most 1"),
+        (0, 1.5, r"optim.decay = 1.5: expected"),
+        (50, 0.6, r"the decay begins at step 40 of 100, before the warm-up of 50 steps ends"),
+    ],
+)
+def test_a_decay_that_cannot_be(warmup, decay, message):
+    with pytest.raises(ValueError, match=message):
+        optim.phases("wsd", warmup, 100, decay)
 
 
 def test_misspelt_schedule():
@@ -293,3 +331,30 @@ def test_dense_rule_clips_the_global_norm_and_decays():
         # Equal gradients twice: Adam's direction is 1, the decay 0.1 * parameter.
         np.testing.assert_allclose(by_hand[name], -0.5 * (1.0 + 0.1 * parameters[name]), rtol=1e-4)
         assert abs(float(unclipped[name][0] - clipped[name][0])) > 0.01
+
+
+def test_rates_by_name_scale_steps_but_not_the_decay():
+    """The parameter that is named moves half as far; both lose the same share to weight decay."""
+    parameters = ({"a": jnp.asarray([3.0]), "b": jnp.asarray([3.0])}, {})
+    grads = ({"a": jnp.asarray([0.2]), "b": jnp.asarray([0.2])}, {})
+    settings = {"b1": 0.9, "b2": 0.98, "weight_decay": 0.1, "clip": 0.0}
+
+    def step(rates):
+        rule = optim.dense(optax.constant_schedule(0.5), rates=rates, **settings)
+        return rule.update(grads, rule.init(parameters), parameters)[0][0]
+
+    found, plain = step({"0.b": 0.5}), step(None)
+    np.testing.assert_array_equal(found["a"], plain["a"])
+    np.testing.assert_allclose(plain["a"], -0.5 * (1.0 + 0.3), rtol=1e-5)
+    np.testing.assert_allclose(found["b"], -0.5 * (0.5 + 0.3), rtol=1e-5)
+
+
+def test_dense_is_adamw():
+    parameters, grads = {"a": jnp.asarray([3.0, -1.0])}, {"a": jnp.asarray([0.2, 0.3])}
+    ours = optim.dense(optax.constant_schedule(0.5), b1=0.9, b2=0.98, weight_decay=0.1, clip=0.0)
+    theirs = optax.chain(optax.adamw(0.5, b1=0.9, b2=0.98, weight_decay=0.1))
+    one, other = (
+        ours.update(grads, ours.init(parameters), parameters),
+        theirs.update(grads, theirs.init(parameters), parameters),
+    )
+    np.testing.assert_array_equal(one[0]["a"], other[0]["a"])

@@ -1,4 +1,4 @@
-"""One file per paper. A model file has Config, Model, flops() and param_groups()."""
+"""One file per paper. A model file has Config, Model, flops(), param_groups() and width_factors()."""
 
 from recscale.models import hstu, sasrec
 

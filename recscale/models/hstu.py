@@ -13,6 +13,7 @@ from flax import nnx
 
 from recscale.kernels.attention import NUM_TIME_BUCKETS, Bias, attention
 from recscale.layers.norms import dropout, layer_norm, matmul
+from recscale.layers.width_transfer import BaseShape, Factors
 from recscale.mesh import recompute
 
 EPS = 1e-6
@@ -27,6 +28,7 @@ class Config:
     qk_dim, v_dim: per head. max_length: L, the longest history; output_length: G (10 as
     published), which only widens the mask constant n = L + G + 1. time_bias: needs timestamps in the batch.
     query_time: "next_event" (as published: the last position knows when the predicted event happens) or "last_event".
+    base: None, or the base shape of width transfer (layers/width_transfer.py).
     """
 
     embed_dim: int
@@ -41,6 +43,7 @@ class Config:
     time_bias: bool
     query_time: str
     dtype: str
+    base: BaseShape | None = None
 
     def __post_init__(self):
         for name in ("embed_dim", "width", "depth", "heads", "qk_dim", "v_dim", "max_length"):
@@ -87,6 +90,7 @@ class Layer(nnx.Module):
             self._bias(c, batch),
             kind="silu",
             n=c.n,
+            scale=c.base.head_dim / c.qk_dim if c.base else 1.0,
         )
         g = dropout(u * layer_norm(o.reshape(B, L, gated), EPS), c.dropout, key)
         return x_BLD + matmul(g, self.out[...]) + self.out_bias[...].astype(x_BLD.dtype).reshape(1, 1, -1)
@@ -122,7 +126,9 @@ class Model(nnx.Module):
         """
         c = self.config
         keys = None if key is None else jax.random.split(key, c.depth + 1)
-        x = x_BLD * c.embed_dim**0.5 + self.positions[...].at[batch["positions"]].get(mode="clip")
+        x = x_BLD * (c.base.embed_dim if c.base else c.embed_dim) ** 0.5 + self.positions[...].at[
+            batch["positions"]
+        ].get(mode="clip")
         x = dropout(x, c.dropout, None if keys is None else keys[-1]) * (batch["segment_ids"] > 0)[:, :, None]
         x = x.astype(c.dtype)
         if self.up is not None:
@@ -136,7 +142,8 @@ class Model(nnx.Module):
         x, _ = jax.lax.scan(wrap(step), x, (self.layers, layer_keys))
         if self.down is not None:
             x = matmul(x, self.down[...])
-        return x.astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        return x * (c.base.embed_dim / c.embed_dim) if c.base else x
 
 
 def flops(c: Config, length: int) -> dict[str, float]:
@@ -158,3 +165,22 @@ def param_groups(c: Config) -> dict[str, int]:
     per_layer += NUM_TIME_BUCKETS if c.time_bias else 0
     joined = 0 if c.embed_dim == c.width else 2 * c.embed_dim * c.width
     return {"dense": c.depth * per_layer + joined, "positions": c.n * c.embed_dim}
+
+
+def width_factors(c: Config) -> dict[str, Factors]:
+    """Initial deviations and learning rates under width transfer by name of parameter; what is not named is unchanged.
+
+    Empty without a base shape. A Glorot draw already falls with the width, a normal(0.02) does not.
+    """
+    if c.base is None:
+        return {}
+    m, e = c.width / c.base.width, c.embed_dim / c.base.embed_dim
+    glorot = ((c.embed_dim + c.width) / (c.base.embed_dim + c.base.width)) ** 0.5
+    found = {
+        "positions": Factors(((c.n + c.embed_dim) / (c.n + c.base.embed_dim)) ** 0.5, 1.0),
+        "layers.uvqk": Factors(m**-0.5, 1 / m),
+        "layers.out": Factors(1.0, 1 / m),
+        "layers.out_bias": Factors(m**0.5, 1.0),
+    }
+    joined = {"up": Factors(glorot * e**-0.5, 1 / e), "down": Factors(glorot * e**0.5 / m, 1 / m)}
+    return found if c.embed_dim == c.width else found | joined

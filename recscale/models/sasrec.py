@@ -12,6 +12,7 @@ from flax import nnx
 
 from recscale.kernels.attention import attention
 from recscale.layers.norms import LayerNorm, Linear, dropout, truncated_normal
+from recscale.layers.width_transfer import BaseShape, Factors
 from recscale.mesh import recompute
 
 EPS = 1e-8
@@ -23,7 +24,8 @@ class Config:
     """Shape of a SASRec.
 
     embed_dim: width of the item vectors; width: of the hidden states (a linear map joins them where they differ);
-    ffn: width of the hidden layer of the feed-forward block; max_length: L, the longest history.
+    ffn: width of the hidden layer of the feed-forward block; max_length: L, the longest history. base: None, or the
+    base shape of width transfer (layers/width_transfer.py).
     """
 
     embed_dim: int
@@ -35,6 +37,7 @@ class Config:
     dropout: float
     activation: str
     dtype: str
+    base: BaseShape | None = None
 
     def __post_init__(self):
         for name in ("embed_dim", "width", "depth", "heads", "ffn", "max_length"):
@@ -68,7 +71,8 @@ class Block(nnx.Module):
             part.reshape(B, L, c.heads, D // c.heads)
             for part in jnp.split(self.qkv(self.norm_attention(x_BLD)), 3, axis=-1)
         )
-        scale = (D // c.heads) ** -0.5
+        head_dim = D // c.heads
+        scale = head_dim**-0.5 * ((c.base.head_dim / head_dim) ** 0.5 if c.base else 1.0)
         a = attention(q, k, v, segment_ids_BL, kind="softmax", n=c.max_length, scale=scale).reshape(B, L, D)
         x = x_BLD + dropout(self.out(a), c.dropout, keys[0])
         hidden = dropout(ACTIVATIONS[c.activation](self.ffn_in(self.norm_ffn(x))), c.dropout, keys[1])
@@ -97,7 +101,9 @@ class Model(nnx.Module):
         wrap: put around the body of the scan over blocks (see recscale/mesh.py).
         """
         c = self.config
-        x = x_BLD * c.embed_dim**0.5 + self.positions[...].at[batch["positions"]].get(mode="clip")
+        x = x_BLD * (c.base.embed_dim if c.base else c.embed_dim) ** 0.5 + self.positions[...].at[
+            batch["positions"]
+        ].get(mode="clip")
         keys = None if key is None else jax.random.split(key, c.depth + 1)
         x = dropout(x, c.dropout, None if keys is None else keys[-1]).astype(c.dtype)
         if self.up is not None:
@@ -110,7 +116,8 @@ class Model(nnx.Module):
         block_keys = None if keys is None else keys[:-1]
         x, _ = jax.lax.scan(wrap(step), x, (self.blocks, block_keys))
         x = self.norm(x)
-        return (x if self.down is None else self.down(x)).astype(jnp.float32)
+        x = (x if self.down is None else self.down(x)).astype(jnp.float32)
+        return x * (c.base.embed_dim / c.embed_dim) if c.base else x
 
 
 def flops(c: Config, length: int) -> dict[str, float]:
@@ -127,3 +134,18 @@ def param_groups(c: Config) -> dict[str, int]:
     per_block = 4 * c.width * c.width + 2 * c.width * c.ffn + biases_and_norms
     joined = 0 if c.embed_dim == c.width else 2 * c.embed_dim * c.width
     return {"dense": c.depth * per_block + 2 * c.width + joined, "positions": c.max_length * c.embed_dim}
+
+
+def width_factors(c: Config) -> dict[str, Factors]:
+    """Initial deviations and learning rates under width transfer by name of parameter; what is not named is unchanged.
+
+    Empty without a base shape. A Glorot draw already falls with the width.
+    """
+    if c.base is None:
+        return {}
+    m, e = c.width / c.base.width, c.embed_dim / c.base.embed_dim
+    glorot = ((c.embed_dim + c.width) / (c.base.embed_dim + c.base.width)) ** 0.5
+    matrices = ("qkv", "out", "ffn_in", "ffn_out")
+    found = {f"blocks.{name}.kernel": Factors(1.0, 1 / m) for name in matrices}
+    joined = {"up.kernel": Factors(glorot * e**-0.5, 1 / e), "down.kernel": Factors(glorot * e**0.5 / m, 1 / m)}
+    return found if c.embed_dim == c.width else found | joined

@@ -75,9 +75,13 @@ def context_features(base: ConfigDict, names: Sequence[str]) -> ConfigDict:
 
 
 def encoder_width(base: ConfigDict, width: int) -> ConfigDict:
-    """Encoder axis: width, with heads and learning rate by recipe; the item vectors keep their width."""
+    """Encoder axis: width, with heads by recipe; the item vectors keep their width.
+
+    The learning rate follows the square root rule, under width transfer it stays what it is.
+    """
     config = _changed(base, "width", width)
-    config.optim.learning_rate = recipes.learning_rate(base.optim.learning_rate, base.model.width, width)
+    if base.optim.parametrisation == "sp":
+        config.optim.learning_rate = recipes.learning_rate(base.optim.learning_rate, base.model.width, width)
     config.model.width = width
     config.model.heads = recipes.heads(width)
     if width % config.model.heads:

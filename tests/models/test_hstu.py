@@ -167,7 +167,9 @@ def variant_outputs(name, monkeypatch) -> np.ndarray:
     changes = {
         "n = L": lambda: monkeypatch.setattr(hstu, "attention", lambda *a, **k: attention(*a, **k) * (k["n"] / 5)),
         "n = true length": lambda: monkeypatch.setattr(hstu, "attention", per_row_n),
-        "1/sqrt(d)": lambda: monkeypatch.setattr(hstu, "attention", lambda *a, **k: attention(*a, **k, scale=3**-0.5)),
+        "1/sqrt(d)": lambda: monkeypatch.setattr(
+            hstu, "attention", lambda *a, **k: attention(*a, **(k | {"scale": 3**-0.5}))
+        ),
         "no position bias": lambda: setattr(model.layers, "position_bias", nnx.Param(np.zeros((2, 13), np.float32))),
         "no time bias": lambda: setattr(model.layers, "time_bias", nnx.Param(np.zeros((2, 129), np.float32))),
         "flipped position index": lambda: setattr(

@@ -86,7 +86,7 @@ def test_axes_add_up():
 
 
 def test_a_width_keeps_the_shape_of_the_feed_forward_block():
-    config = ConfigDict({"cell": {"coordinates": {}}, "optim": {"learning_rate": 1e-3}})
+    config = ConfigDict({"cell": {"coordinates": {}}, "optim": {"learning_rate": 1e-3, "parametrisation": "sp"}})
     config.model = ConfigDict({"embed_dim": 64, "width": 64, "heads": 2, "ffn": 256})
     cell = axes.encoder_width(config.lock(), 128)
     assert cell.model.to_dict() == {"embed_dim": 64, "width": 128, "heads": 4, "ffn": 512}
