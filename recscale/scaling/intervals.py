@@ -10,13 +10,16 @@ from collections.abc import Callable
 import numpy as np
 from scipy import optimize, stats
 
-from recscale.scaling.estimate import Objective, Tie, _expand, rho, solve_many
+from recscale.scaling.estimate import Objective, _expand, rho, solve_many
 from recscale.scaling.points import Points
 
 LEVEL = 0.90
 CASE_BOOTSTRAP_FROM = 20
 TUNING = 1.345  # Huber's constant: 95 % efficient under normal noise
 IDENTIFIED, WEAK = 0.5, 1.5  # interval width over value
+PROFILE_STEPS = np.concatenate([np.linspace(0.3, 3.0, 10), np.geomspace(3.6, 400.0, 10)])  # in standard errors
+PROFILE_BEYOND = 4.0  # a profile runs to this multiple of the deviance at the edge of the interval
+PROBED_DRAWS = 48
 BOOTSTRAPS = ("auto", "case", "cluster", "residual")
 Natural = Callable[[np.ndarray], np.ndarray]
 
@@ -149,10 +152,19 @@ def bootstrap(
 
 
 def _refit(goal: Objective, starts_CQ: np.ndarray, y_SN: np.ndarray, weight_SN: np.ndarray) -> np.ndarray:
-    """The best of the starts for every draw."""
-    best_SQ, best_S = np.zeros((len(y_SN), starts_CQ.shape[1])), np.full(len(y_SN), np.inf)
-    for start_Q in starts_CQ:
-        theta_SQ, loss_S = solve_many(goal, np.repeat(start_Q[None], len(y_SN), 0), y_SN, weight_SN, tolerance=1e-9)
+    """The best of the starts for every draw. A start that betters none of the first draws is not tried on the rest."""
+    first_Q, *others = starts_CQ
+
+    def solved(start_Q: np.ndarray, some: slice) -> tuple[np.ndarray, np.ndarray]:
+        y, weight = y_SN[some], weight_SN[some]
+        return solve_many(goal, np.repeat(start_Q[None], len(y), 0), y, weight, tolerance=1e-9)
+
+    best_SQ, best_S = solved(first_Q, slice(None))
+    for start_Q in others:
+        probe = slice(0, PROBED_DRAWS)
+        if not (solved(start_Q, probe)[1] < best_S[probe] * (1 - 1e-6)).any():
+            continue
+        theta_SQ, loss_S = solved(start_Q, slice(None))
         better_S = loss_S < best_S
         best_SQ[better_S], best_S[better_S] = theta_SQ[better_S], loss_S[better_S]
     return best_SQ
@@ -235,35 +247,26 @@ def profile(
     really took, so each is a true point of the profile. deviance <= quantile(noise) is the interval. floor: the
     smallest value that means anything.
     """
-    best = goal.at(theta_Q)
+    best, enough = goal.at(theta_Q), PROFILE_BEYOND * quantile(noise)
     middle = float(function(theta_Q[None])[0, 0])
-    reach = np.concatenate([np.linspace(0.3, 3.0, 10), np.geomspace(3.6, 400.0, 10)]) * max(step, 1e-12)
-    targets_T = np.maximum(np.concatenate([-reach[::-1] + middle, middle + reach]), floor)
     unit = math.sqrt(noise.variance) if noise.variance > 0 else math.sqrt(max(best, 1e-300))
     strength = 300.0 * min(unit, goal.delta) / max(step, 1e-12)
+    values, losses = [middle], [best]
+    for side in (-1, 1):
+        moved_Q = theta_Q
+        for reach in PROFILE_STEPS:  # outwards, each from its neighbour, until the deviance is far beyond the interval
+            target = max(middle + side * reach * max(step, 1e-12), floor)
 
-    def tie(theta: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return strength * (function(theta)[:, 0] - chosen), strength * slopes(function, theta)[:, 0]
+            def tie(theta: np.ndarray, target: float = target) -> tuple[np.ndarray, np.ndarray]:
+                return strength * (function(theta)[:, 0] - target), strength * slopes(function, theta)[:, 0]
 
-    theta_TQ = _drawn(goal, np.repeat(theta_Q[None], len(targets_T), 0), targets_T, tie)
-    value_T = function(theta_TQ)[:, 0]
-    loss_T = np.array([goal.at(theta) for theta in theta_TQ])
-    order = np.argsort(value_T)
-    value_T, loss_T = np.append(value_T[order], middle), np.append(loss_T[order], best)
-    order = np.argsort(value_T)
-    return value_T[order], _deviance(goal, theta_Q, loss_T[order], best, noise)
-
-
-def _drawn(goal: Objective, theta_TQ: np.ndarray, targets_T: np.ndarray, tie: Callable[..., tuple]) -> np.ndarray:
-    """`solve_many` needs the tie of the fits still alive; a profile is small, so each target is solved alone."""
-    found = []
-    for side in (slice(len(targets_T) // 2 - 1, None, -1), slice(len(targets_T) // 2, None)):
-        theta_Q = theta_TQ[0]
-        for target in targets_T[side]:  # outwards, each from its neighbour
-            one: Tie = lambda theta, target=target: tie(theta, np.full(len(theta), target))  # noqa: E731
-            theta_Q = solve_many(goal, theta_Q[None], tie=one, iterations=60, tolerance=1e-8)[0][0]
-            found.append(theta_Q)
-    return np.stack(found)
+            moved_Q = solve_many(goal, moved_Q[None], tie=tie, iterations=60, tolerance=1e-8)[0][0]
+            values.append(float(function(moved_Q[None])[0, 0]))
+            losses.append(goal.at(moved_Q))
+            if _deviance(goal, theta_Q, np.array(losses[-1:]), best, noise)[0] > enough:
+                break
+    order = np.argsort(values)
+    return np.array(values)[order], _deviance(goal, theta_Q, np.array(losses)[order], best, noise)
 
 
 def _deviance(goal: Objective, theta_Q: np.ndarray, loss_T: np.ndarray, best: float, noise: Noise) -> np.ndarray:
