@@ -65,7 +65,7 @@ def _fewer(points: Points, law: Law) -> dict[str, Law]:
         low, high = FORMS[law.form].axes
         form = law.form if low <= len(reduced.axes) <= (high or len(reduced.axes)) else "additive"
         delta = "lsq" if law.delta == float("inf") else law.delta
-        found[axis] = fit(reduced, form, scale=law.scale, delta=delta, draws=FEWEST_DRAWS, force=True)
+        found[axis] = fit(reduced, form, scale=law.scale, delta=delta, draws=FEWEST_DRAWS, profiles=False, force=True)
     return found
 
 

@@ -84,13 +84,15 @@ def fit(
     seed: int = 0,
     draws: int = 1000,
     bootstrap: str = "auto",
+    profiles: bool = True,
     force: bool = False,
 ) -> Law:
     """Fits one form to the points that are not held out.
 
     scale: residuals of the logarithm ("log", losses) or of the metric itself ("identity", bounded metrics and small
-    effects). delta: see `huber_delta`. Raises Uncertified (unless force) where the certificate fails, ValueError for an
-    unknown form, data it does not suit, or fewer than 200 draws.
+    effects). delta: see `huber_delta`. profiles: without them, intervals are those of the bootstrap alone. Raises
+    Uncertified (unless force) where the certificate fails, ValueError for an unknown form, data it does not suit, or
+    fewer than 200 draws.
     """
     if form not in FORMS:
         raise ValueError(f"form: found {form!r}, expected one of {', '.join(FORMS)}")
@@ -137,7 +139,7 @@ def fit(
         residual_S=found.residual_S * float(np.median(goal.unit_N)),
         sigma_trusted=noise.trusted,
     )
-    law = _with_intervals(law, goal, theta_Q, noise)
+    law = _with_intervals(law, goal, theta_Q, noise, profiles)
     score, note = sure.aicc(goal, residual_N, len(names), seen.sigma_dof if known and noise.trusted else 0.0)
     law = dataclasses.replace(law, aicc=score, aicc_note=note)
     if proof.reasons and not force:
@@ -157,7 +159,7 @@ def _residual_sd(goal: Objective, residual_N: np.ndarray, p: int) -> float:
     return float(np.sqrt(np.square(moved_N).sum() / max(len(moved_N) - p, 1)))
 
 
-def _with_intervals(law: Law, goal: Objective, theta_Q: np.ndarray, noise: sure.Noise) -> Law:
+def _with_intervals(law: Law, goal: Objective, theta_Q: np.ndarray, noise: sure.Noise, profiled: bool) -> Law:
     """Adds intervals, profiles and verdicts."""
     entry = goal.form
     lows, highs = sure.percentiles(law.draws_SP)
@@ -173,7 +175,7 @@ def _with_intervals(law: Law, goal: Objective, theta_Q: np.ndarray, noise: sure.
         def one(theta: np.ndarray, index: int = index) -> np.ndarray:
             return entry.natural(theta, goal.centre_K)[:, index : index + 1]
 
-        if noise.dof > 0:
+        if profiled and noise.dof > 0:
             step = (
                 law.stderr[name] if math.isfinite(law.stderr[name]) and law.stderr[name] > 0 else abs(law.params[name])
             )

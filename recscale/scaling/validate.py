@@ -166,7 +166,7 @@ def rollout(points: Points, axis: str, form: str, along: np.ndarray | None = Non
         if window.sum() < len(FORMS[form].names(seen.axes)) + 2:
             continue
         try:
-            law = fit(seen.select(window), form, force=True, **options)
+            law = fit(seen.select(window), form, profiles=False, force=True, **options)
         except ValueError as error:
             problems.append((float(level), str(error)))
             continue
