@@ -17,13 +17,11 @@ from recscale.data.event_log import EventLog
 from recscale.data.planted import config_of, next_item_nats
 from recscale.data.prepare import prepare as prepare_log
 from recscale.scaling import axes, report
-from recscale.scaling.collect import collect
-from recscale.scaling.laws import AxisSpec
 
 NAME = "0001_four_axes_planted"
 LOG = Path("runs/logs/planted_20000")
 USERS, EVAL_USERS, BASE_USERS = 20_000, 4_000, 8_000
-BASE_SEEDS = (0, 1, 2)
+BASE_SEEDS = (0, 1, 2, 3, 4)
 HISTORY = 32
 # sub-axis -> (axis, axis function, levels); the base level is not repeated
 SWEEPS = {
@@ -106,30 +104,6 @@ def floors(log: EventLog) -> dict[str, float]:
     return found | {f"history={HISTORY}, surface": mean(HISTORY, context=True)}
 
 
-def _swept(*sub_axes: str):
-    """Predicate of a row: a base cell or a cell of these sub-axes."""
-    return lambda row: row["cell.name"].split("-")[0] in ("base", *sub_axes)
-
-
-def report_axes(known: dict[str, float]) -> list[AxisSpec]:
-    """What the report fits, in the order shown."""
-    floor = known[f"history={HISTORY}"]
-    everything = known["history=all"]
-    full = "every item has a row of its own"
-    shown = [  # sub-axis, x in the record, title, unit of x, floor, end
-        ("dim", "parameters.tables", "table: width of the item vectors", "table parameters", floor, ""),
-        ("rows", "table.rows", "table: rows, items share them by hashing", "rows", floor, full),
-        ("users", "seen.events", "data: users, one pass", "training events", floor, ""),
-        ("events", "seen.events", "data: last events of every user, one pass", "training events", floor, ""),
-        ("history", "cell.coordinates.history", "context: length of history", "events", everything, ""),
-        ("width", "parameters.dense", "encoder: width", "encoder parameters", floor, ""),
-        ("depth", "cell.coordinates.depth", "encoder: depth", "layers", floor, ""),
-    ]
-    return [
-        AxisSpec(name, x, title, unit, _swept(name), floor=limit, end=end) for name, x, title, unit, limit, end in shown
-    ]
-
-
 def feature_gain(folder: Path) -> tuple[str, str]:
     """What the context feature buys, paired over the test targets: (label, sentence)."""
     label, cells = "context: query feature", ("base-s0", "features-1-s0")
@@ -148,13 +122,4 @@ def feature_gain(folder: Path) -> tuple[str, str]:
 
 def write_report(folder: Path) -> Path:
     """Collect the runs of FOLDER and write FOLDER/report.html."""
-    known = json.loads((folder / "floors.json").read_text())
-    return report.write(
-        folder,
-        collect(folder),
-        report_axes(known),
-        title="Four axes on planted data",
-        question="The floor of this data is known. Which axis should be scaled next, and does a fit find the floor?",
-        floors=known,
-        switches=[feature_gain(folder)],
-    )
+    return report.write(Path(__file__).parent, runs=folder, out=folder, switches=[feature_gain(folder)])

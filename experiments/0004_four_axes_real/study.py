@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from configs import hstu_ml1m, sasrec_ml1m
 from recscale.models import MODELS
 from recscale.run import build, costs, seen
-from recscale.scaling import axes, plans
-from recscale.scaling.collect import collect, flatten, write_csv
+from recscale.scaling import axes, plans, report
+from recscale.scaling.collect import flatten, write_csv
 
 HERE = Path(__file__).parent
 NAME = "0004_four_axes_real"
@@ -149,14 +149,8 @@ def prepare(folder: Path) -> None:
 
 
 def write_report(folder: Path) -> Path:
-    """Collect the runs of FOLDER into FOLDER/runs.csv; says which do not count, and why."""
-    records = collect(folder)
-    for excluded in records.excluded:
-        print(f"not counted: {excluded.run}: {excluded.reason}")
-    if not records.rows:
-        raise ValueError(f"{folder}: no finished cell; look at the log files of the cells")
-    write_csv(records.rows, folder / "runs.csv")
-    return folder / "runs.csv"
+    """Collect the runs of FOLDER and write FOLDER/report.html."""
+    return report.write(HERE, runs=folder, out=folder)
 
 
 def _point(data: str, model: str, levels: plans.Point, name: str, **changes: Any) -> dict[str, Any]:

@@ -318,7 +318,8 @@ def _on_bound(goal: Objective, theta_Q: np.ndarray, params: dict[str, float]) ->
     if form.limit and not form.positive_y:
         value, (low, high) = params[form.limit], form.limits
         if (goal.y_N > 0).all() and not low < value < high:
-            found.append(f"{form.limit} = {value:.4g} lies outside {low:g} to {high:g}: the limit is not in the data")
+            where = f"below {low:g}" if value <= low else f"above {high:g}"
+            found.append(f"{form.limit} = {value:.4g} lies {where}: the limit is not in the data")
     if form.limit and form.positive_y and params[form.limit] < 1e-6 * float(goal.y_N.min()):
         found.append(f"{form.limit} runs to 0: the limit is not in the data")
     return found

@@ -1,22 +1,20 @@
-"""Figures of a study. Each writes a PNG and a CSV beside it and returns the rows it drew."""
+"""What a figure is, before it is drawn: panels of series, and the rows of its CSV. Shared colours and style.
 
+figure_files.py draws a figure as PNG and PDF, figure_svg.py as SVG inside a page; both from the same `Diagram`.
+"""
+
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
-from recscale.scaling.collect import write_csv
-from recscale.scaling.fits import Law
-from recscale.scaling.laws import AxisLaw
-
-INK, LAW, FLOOR, FITTED_FLOOR = "#1f2933", "#1f5fa8", "#b3261e", "#2e7d4f"
-NULL = {"log": "#7b8794", "constant": "#b7791f"}
+# Okabe and Ito's colours, told apart with any colour vision.
+INK, MUTED = "#1f2933", "#7b8794"
+LAW, HELD_OUT, FITTED_FLOOR, FLOOR = "#0072b2", "#d55e00", "#009e73", "#b3261e"
+COLOURS = (LAW, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", INK, MUTED)
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
@@ -31,178 +29,175 @@ STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 130,
 }
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+KINDS = ("points", "line", "band")
+SHAPES = ("circle", "square", "diamond", "cross")
 
 
 def short_number(value: float) -> str:
-    """1500 -> 1.5k, 2e6 -> 2M; three significant digits."""
+    """1500 -> 1.5k, 2e6 -> 2M; three significant digits. "" for what is no finite number."""
+    if not math.isfinite(value):
+        return ""
+    if abs(value) >= 1e18:
+        return f"{value:.3g}"
     for size, letter in PREFIXES:
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
 
 
-def axis_figure(law: AxisLaw, path: str | Path) -> list[dict[str, Any]]:
-    """Metric against one axis (log2): points with error bars, law with its 90 % band, null model, known floor.
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Marks of one look. kind: points (with bars where low and high are given), line, band (between low and high).
 
-    Error bars are 90 % (1.645 sigma). The curve runs one doubling beyond the largest x; that part is dotted.
+    label: for the legend, "" for none. run: the run behind each point. across: bars run along x. framed: whether the
+    series moves the limits of the panel; what is not framed is cut off at them.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 5.0), layout="constrained")
-        axes = figure.add_subplot()
-        rows = _draw_points(axes, law)
-        if law.fits:
-            rows += _draw_fits(axes, law)
-        _limits(axes, law)
-        _draw_floors(axes, law)
-        _dress(axes, law)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        figure.savefig(path)
-    write_csv(rows, Path(path).with_suffix(".csv"))
-    return rows
+
+    label: str
+    kind: str
+    x: np.ndarray
+    y: np.ndarray
+    colour: str = INK
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    run: tuple[str, ...] = ()
+    shape: str = "circle"
+    dashed: bool = False
+    across: bool = False
+    framed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.shape not in SHAPES:
+            raise ValueError(f"series {self.label!r}: found {self.kind} and {self.shape}, expected {KINDS}, {SHAPES}")
+        for name in ("x", "y", "low", "high"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, np.atleast_1d(np.asarray(value, np.float64)))
+        if len(self.x) != len(self.y) or (self.run and len(self.run) != len(self.x)):
+            raise ValueError(f"series {self.label!r}: {len(self.x)} x, {len(self.y)} y, {len(self.run)} runs")
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """All x and all y that must be in the picture."""
+        sides = [side for side in (self.low, self.high) if side is not None]
+        if self.across:
+            return np.concatenate([self.x, *sides]), self.y
+        return self.x, np.concatenate(([] if self.kind == "band" and sides else [self.y]) + sides)
 
 
-def _draw_points(axes: Axes, law: AxisLaw) -> list[dict[str, Any]]:
-    sigma_N = law.sigma_N
-    if sigma_N is None:
-        sigma_N = np.full(len(law.x_N), law.power.residual_sd if law.fits else math.nan)
-    bars_N = 1.645 * np.nan_to_num(sigma_N)
-    label = f"runs (mean of seeds), 90 % from {law.noise_source}"
-    axes.errorbar(law.x_N, law.y_N, bars_N, fmt="o", color=INK, ms=5.5, capsize=3, lw=1.2, zorder=5, label=label)
-    return [
-        {"series": "runs", "x": float(x), "y": float(y), "low": float(y - bar), "high": float(y + bar), "seeds": int(n)}
-        for x, y, bar, n in zip(law.x_N, law.y_N, bars_N, law.seeds_N, strict=True)
-    ]
+def points(label: str, x: Any, y: Any, colour: str = INK, **more: Any) -> Series:
+    """A series of points."""
+    return Series(label, "points", x, y, colour, **more)
 
 
-def _drawn_forms(law: AxisLaw) -> list[tuple[Law, str, str]]:
-    """The fits to draw, with colour and line style: the law solid (with a band), null and other quoted form dashed."""
-    quoted = law.quoted
-    drawn = []
-    for fit in law.fits:
-        certified = law.power.certified
-        if (fit is law.power and certified) or (fit.form == quoted and not certified):
-            drawn.append((fit, LAW, "-"))
-        elif fit.form in ("log", quoted):
-            drawn.append((fit, NULL[fit.form], "--"))
-    return drawn
+def line(label: str, x: Any, y: Any, colour: str = LAW, **more: Any) -> Series:
+    """A line."""
+    return Series(label, "line", x, y, colour, **more)
 
 
-def _draw_fits(axes: Axes, law: AxisLaw) -> list[dict[str, Any]]:
-    rows = []
-    inside_N = np.geomspace(law.x_N[0], law.x_N[-1], 120)
-    beyond_N = np.geomspace(law.x_N[-1], 2 * law.x_N[-1], 25)
-    for fit, colour, line in _drawn_forms(law):
-        name = {"pow_floor": "E + A x^(-α)", "log": "null: a - b ln x", "constant": "null: constant"}[fit.form]
-        axes.plot(inside_N, fit.curve(law.at(inside_N)), line, color=colour, lw=1.8, label=name)
-        axes.plot(beyond_N, fit.curve(law.at(beyond_N)), ":", color=colour, lw=1.8)
-        x_N = np.append(inside_N, beyond_N[1:])
-        mean_N, low_N, high_N = fit.band(law.at(x_N))
-        if line == "-":
-            axes.fill_between(x_N, low_N, high_N, color=colour, alpha=0.16, lw=0, label="90 % band of the curve")
-        rows += [
-            {"series": fit.form, "x": float(x), "y": float(y), "low": float(low), "high": float(high)}
-            for x, y, low, high in zip(x_N, mean_N, low_N, high_N, strict=True)
-        ]
-    return rows
+def band(label: str, x: Any, low: Any, high: Any, colour: str = LAW, **more: Any) -> Series:
+    """The area between two curves."""
+    return Series(label, "band", x, np.asarray(low, np.float64), colour, low=low, high=high, **more)
 
 
-def _limits(axes: Axes, law: AxisLaw) -> None:
-    """The data fill the height; a floor is taken in where that leaves the data at least a third of it."""
-    if not len(law.y_N):
-        return
-    bars_N = np.zeros(len(law.y_N)) if law.sigma_N is None else 1.645 * law.sigma_N
-    low, high = float((law.y_N - bars_N).min()), float((law.y_N + bars_N).max())
-    for fit, _, _ in _drawn_forms(law):
-        low = min(low, float(fit.curve(law.at(2 * law.x_N[-1]))[0]))
-    span = max(high - low, 1e-3 * abs(high), 1e-9)
-    floors = [law.spec.floor] if law.spec.floor is not None else []
-    if law.fits and law.power.verdicts["E"] != "not identified":
-        floors.append(law.power.params["E"])
-    reached = [floor for floor in floors if low - 2 * span <= floor < low]
-    bottom = min([low, *reached])
-    margin = 0.07 * (high - bottom or span)
-    axes.set_ylim(bottom - margin, high + margin)
+def level(label: str, y: float, x_ends: Sequence[float], colour: str, **more: Any) -> Series:
+    """A horizontal line from the first to the last x."""
+    return line(label, [x_ends[0], x_ends[-1]], [y, y], colour, **more)
 
 
-def _draw_floors(axes: Axes, law: AxisLaw) -> None:
-    bottom, top = axes.get_ylim()
-    known, interval = law.spec.floor, law.floor_interval()
-    if known is not None:
-        inside = bottom <= known <= top
-        where = "" if inside else ", below the figure" if known < bottom else ", above the figure"
-        label = f"known floor {known:.4g}{where}"
-        if inside:
-            axes.axhline(known, color=FLOOR, lw=1.8, label=label)
-        else:
-            axes.plot([], [], color=FLOOR, lw=1.8, label=label)
-    if interval is None or law.power.verdicts["E"] == "not identified":
-        axes.plot([], [], " ", label="fitted floor: not identified")
-        return
-    value, (low, high) = law.power.params["E"], interval
-    label = f"fitted floor {value:.4g} [{low:.4g}, {high:.4g}], {law.power.verdicts['E']}"
-    if high > bottom:
-        axes.axhspan(max(low, bottom), min(high, top), color=FITTED_FLOOR, alpha=0.10, lw=0)
-    if bottom <= value <= top:
-        axes.axhline(value, color=FITTED_FLOOR, lw=1.6, ls=(0, (5, 4)), label=label)
-    else:
-        axes.plot([], [], color=FITTED_FLOOR, lw=1.6, ls=(0, (5, 4)), label=f"{label}, below the figure")
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes. Labels carry their units. names: what y = 0, 1, 2, .. stand for where y is no number; x_whole:
+    x counts something."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_log: bool = False
+    y_log: bool = False
+    names: tuple[str, ...] = ()
+    x_whole: bool = False
+
+    def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The frame: all framed series with a margin; (x_low, x_high), (y_low, y_high)."""
+        ends = [series.ends() for series in self.series if series.framed]
+        x, y = (np.concatenate([pair[i] for pair in ends] or [np.zeros(0)]) for i in (0, 1))
+        if self.names:
+            return _frame(x, self.x_log), (-0.6, len(self.names) - 0.4)
+        return _frame(x, self.x_log), _frame(y, self.y_log)
 
 
-def _dress(axes: Axes, law: AxisLaw) -> None:
-    spec = law.spec
-    if len(law.x_N):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(_ticks(law.x_N)))
-        axes.set_xlim(law.x_N[0] / 1.15, 2.15 * law.x_N[-1] if law.fits else law.x_N[-1] * 1.15)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
-    axes.set_xlabel(f"{spec.label} ({spec.unit}, log scale)")
-    axes.set_ylabel(f"{spec.split} {spec.metric} ({spec.metric_unit})")
-    title = f"{spec.label}: {law.problem}" if law.problem else _gain_title(law)
-    axes.set_title(title, loc="left", wrap=True)
+def _frame(values: np.ndarray, log: bool) -> tuple[float, float]:
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    if not len(values):
+        return (1.0, 10.0) if log else (0.0, 1.0)
+    low, high = (float(v) for v in (values.min(), values.max()))
+    if log:
+        low, high = math.log(low), math.log(high)
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 0.5
+    low, high = low - margin, high + margin
+    return (math.exp(low), math.exp(high)) if log else (low, high)
 
 
-def _ticks(x_N: np.ndarray) -> list[float]:
-    """The measured x, less those that would touch a neighbour's label."""
-    room = max(math.log(2 * x_N[-1] / x_N[0]) / 11, 1e-9)
-    ticks = [float(x_N[0])]
-    for x in x_N[1:]:
-        if math.log(x / ticks[-1]) >= room:
-            ticks.append(float(x))
-    return ticks
+@dataclasses.dataclass(frozen=True)
+class Diagram:
+    """A figure: panels and what they show, or (missing) one sentence on what the records lack. name: of its files."""
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...] = ()
+    missing: str = ""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The numbers drawn, one row per mark: panel, series, x, y, low, high, run. Not finite: left empty."""
+        return [row for panel in self.panels for series in panel.series for row in _rows(panel, series)]
 
 
-def _gain_title(law: AxisLaw) -> str:
-    gain = law.gain
-    flat = ", flat" if gain.flat else ""
-    return f"{law.spec.label}: the next doubling gains {gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]{flat}"
+def _rows(panel: Panel, series: Series) -> list[dict[str, Any]]:
+    found = []
+    for index, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
+        row: dict[str, Any] = {"panel": panel.title, "series": series.label or series.kind, "x": x, "y": y}
+        for name, side in (("low", series.low), ("high", series.high)):
+            row[name] = math.nan if side is None else side[index]
+        if panel.names and float(y).is_integer():
+            row["name"] = panel.names[int(y)]
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        found.append(row | ({"run": series.run[index]} if series.run else {}))
+    return [{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in found]
 
 
-def _unit(law: AxisLaw) -> str:
-    return law.spec.metric_unit
+def missing(name: str, title: str, sentence: str) -> Diagram:
+    """A figure that cannot be drawn: why."""
+    return Diagram(name, title, "", missing=sentence)
 
 
-def gain_figure(laws: Sequence[AxisLaw], path: str | Path) -> list[dict[str, Any]]:
-    """What the next doubling of each axis buys, largest first, with 90 % intervals; grey where it includes nothing."""
-    fitted = sorted((law for law in laws if law.fits and not law.spec.end), key=lambda law: law.gain.value)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.5 + 0.5 * max(len(fitted), 1)), layout="constrained")
-        axes = figure.add_subplot()
-        rows = []
-        for place, law in enumerate(fitted):
-            gain = law.gain
-            bars = [[gain.value - gain.low], [gain.high - gain.value]]
-            axes.barh(place, gain.value, color="#c3cad2" if gain.flat else "#8fb4dc", height=0.62)
-            axes.errorbar(gain.value, place, xerr=bars, fmt="o", color=INK, ms=4.5, capsize=3.5, lw=1.4)
-            rows.append({"axis": law.spec.name, "gain": gain.value, "low": gain.low, "high": gain.high})
-        axes.set_yticks(range(len(fitted)), [f"{law.spec.label}\n({law.spec.unit})" for law in fitted])
-        axes.axvline(0, color=INK, lw=1)
-        axes.grid(axis="y", visible=False)
-        units = sorted({_unit(law) for law in fitted}) or ["nats/event"]
-        axes.set_xlabel(f"gain of the next doubling ({', '.join(units)}), bars 90 %")
-        axes.set_title("What the next doubling of each axis buys" if fitted else "No axis could be fitted", loc="left")
-        figure.savefig(path)
-    write_csv(rows[::-1], Path(path).with_suffix(".csv"))
-    return rows[::-1]
+def legend(panels: Sequence[Panel]) -> Mapping[str, Series]:
+    """The labelled series by label, first come."""
+    found: dict[str, Series] = {}
+    for panel in panels:
+        for series in panel.series:
+            if series.label:
+                found.setdefault(series.label, series)
+    return found
+
+
+def ticks(low: float, high: float, log: bool, most: int = 6, whole: bool = False) -> list[float]:
+    """Round numbers inside the limits, about `most` and none too close to the next; whole: integers only."""
+    if not log:
+        rough = max((high - low) / most, 1.0 if whole else 0.0)
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * (1 - 1e-9))
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        return [round(index * step, 12) + 0.0 for index in range(first, last + 1)]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    room = math.log(high / low) / (1.5 * most)
+    found: list[float] = []
+    for leading in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        found = [digit * 10.0**power for power in decades for digit in leading]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= most and all(math.log(b / a) >= room for a, b in itertools.pairwise(found)):
+            break
+    return found[:: max(math.ceil(len(found) / most), 1)]

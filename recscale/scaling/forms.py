@@ -149,9 +149,8 @@ def _gamma_natural(theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
 def _gamma_inner(params: np.ndarray, centre: np.ndarray) -> np.ndarray:
     k = len(centre)
     alpha = params[:, 1 + k : 1 + 2 * k]
-    return np.concatenate(
-        [np.log(params[:, :1]), np.log(params[:, 1 : 1 + k]) - alpha * centre, alpha, params[:, -1:]], 1
-    )
+    floor = np.maximum(params[:, :1], np.finfo(np.float64).tiny)  # a floor that ran to 0
+    return np.concatenate([np.log(floor), np.log(params[:, 1 : 1 + k]) - alpha * centre, alpha, params[:, -1:]], 1)
 
 
 def _gamma_predict(params: np.ndarray, log_x: np.ndarray) -> np.ndarray:
@@ -185,7 +184,8 @@ def _kaplan_inner(params: np.ndarray, centre: np.ndarray) -> np.ndarray:
     floor, scale_n, scale_d, alpha, beta = params.T
     ratio = alpha / beta
     a = ratio * (np.log(scale_n) - centre[0])
-    return np.stack([np.log(floor), a, np.log(scale_d) - centre[1], ratio, beta], -1)
+    log_floor = np.log(np.maximum(floor, np.finfo(np.float64).tiny))
+    return np.stack([log_floor, a, np.log(scale_d) - centre[1], ratio, beta], -1)
 
 
 def _kaplan_predict(params: np.ndarray, log_x: np.ndarray) -> np.ndarray:

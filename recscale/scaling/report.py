@@ -1,318 +1,279 @@
-"""The report of a study: one self-contained HTML page and laws.json beside it."""
+"""The report of a study: one self-contained page, its figures as PNG, PDF and CSV, the laws as JSON, the tables.
 
-import base64
+    python -m recscale.scaling.report experiments/0001_four_axes_planted [--runs DIR] [--out DIR]
+
+Writes OUT/report.html, figures/, laws.json, laws/GROUP.json (read back by law_file.py `load_law`), runs.csv,
+excluded.csv, tables.md and tables.tex. OUT: the folder of the runs, or STUDY/results where a frozen table is read.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
 import hashlib
-import itertools
 import json
-import math
-import platform
+import multiprocessing
+import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
-import numpy as np
-import scipy
-
+from recscale.scaling.answers import Answer, answer
+from recscale.scaling.check import run_checks
 from recscale.scaling.collect import Records, write_csv
-from recscale.scaling.figures import axis_figure, gain_figure, short_number
-from recscale.scaling.fits import Gain, Law
-from recscale.scaling.laws import AxisLaw, AxisSpec, SeedNoise, axis_law, seed_noise
+from recscale.scaling.cut_answers import cut_answer, cut_json, ordering
+from recscale.scaling.figure_files import write_files
+from recscale.scaling.figures import Diagram
+from recscale.scaling.figures_axes import cut_diagram, gain_per_doubling, loss_by_axis
+from recscale.scaling.figures_checks import profiles, residuals, rollouts, tornado
+from recscale.scaling.figures_runs import Curves, collapse, curves_of, learning_rates, metric_against_loss
+from recscale.scaling.figures_surface import contours, curve_envelope, frontier_sizes, isoflop_profiles
+from recscale.scaling.findings import Finding
+from recscale.scaling.law_file import as_json, save_law, without_nan
+from recscale.scaling.laws import AxisLaw, axis_law
+from recscale.scaling.report_page import Content, headline_of, page, tables_of
+from recscale.scaling.report_tables import files
+from recscale.scaling.study import Group, Tables, axis_specs, read_runs, rows_of
+from recscale.scaling.study_file import StudySpec, read_spec
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SCHEMA_VERSION = 2
+DRAWS = 500
+FLOORS = "floors.json"
 
 
 def write(
-    study_folder: str | Path,
-    records: Records,
-    axes: Sequence[AxisSpec],
+    study: str | Path,
     *,
-    title: str,
-    question: str,
+    runs: str | Path | None = None,
+    out: str | Path | None = None,
     floors: Mapping[str, float] | None = None,
     switches: Sequence[tuple[str, str]] = (),
-    draws: int = 1000,
+    draws: int = DRAWS,
+    jobs: int | None = None,
 ) -> Path:
-    """Writes report.html, laws.json, runs.csv and figures/ into the study's folder and returns the report's path.
+    """Writes the report of a study and returns the path of its page.
 
-    records: from `collect`; axes: what to fit, in the order to show; floors: further known limits, name -> value in the
-    unit of the metric, listed beside the question; switches: (label, sentence) of what is on or off and so has no
-    doubling. A study without usable runs, or an axis with too few points, is
-    reported as such. Raises ValueError when two axes share a name.
+    study: the folder with study.yaml; runs: a folder of records or a flat table (default: see study.py `read_runs`);
+    floors: known limits, name -> value in the unit of the metric (default: floors.json beside the runs); switches:
+    (label, sentence) of what is on or off and so has no doubling; jobs: processes, one group each (default: the cores).
+    A study without usable runs gives a page that says so. Raises FileNotFoundError and ValueError for a bad plan.
     """
-    folder = Path(study_folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    names = [spec.name for spec in axes]
-    if len(set(names)) < len(names):
-        raise ValueError(f"axes: found the names {names}, expected each once: the figures are named after them")
-    laws = [axis_law(records.rows, spec, draws=draws) for spec in axes]
-    figures = {law.spec.name: _figure(axis_figure, law, folder / "figures" / f"{law.spec.name}.png") for law in laws}
-    gain_image = _figure(gain_figure, laws, folder / "figures" / "gain_per_doubling.png")
-    noises = {spec.evaluation: seed_noise(records.rows, spec.evaluation) for spec in axes}
-    write_csv(records.rows, folder / "runs.csv")
-    page = _environment().get_template(TEMPLATE.name)
-    html = page.render(
-        title=title,
-        question=question,
-        floors=floors or {},
-        answers=[*((law.spec.label, answer(law)) for law in laws), *switches],
-        ordering=ordering(laws),
-        laws=[_law_row(law) for law in laws],
-        sections=[(law, figures[law.spec.name], _facts(law)) for law in laws],
-        gain_image=gain_image,
-        noises=[(key, noise) for key, noise in noises.items() if noise.dof],
-        runs=[_run_row(row, axes) for row in records.rows],
-        evaluation=axes[0].evaluation if axes else "none",
-        excluded=records.excluded,
-        unusable=[pair for law in laws for pair in law.unusable],
-        setting=_setting(records),
+    spec = read_spec(study)
+    records, source = _runs(spec, runs)
+    folder = Path(out) if out is not None else _default_out(spec, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = dict(floors) if floors is not None else _floors(source)
+    tables = rows_of(spec, records, source)
+    curves, curve_source = curves_of(spec, records.rows, source)
+    tasks = [
+        Task(
+            spec, group, {str(r["run_id"]): curves[str(r["run_id"])] for r in group.rows if str(r["run_id"]) in curves}
+        )
+        for group in tables.groups
+    ]
+    tasks = [dataclasses.replace(task, curve_source=curve_source, folder=folder, draws=draws) for task in tasks]
+    drawn = _all(tasks, jobs)
+    answers = [found for found, _ in drawn]
+    cuts = _cuts(spec, tables, known, draws)
+    findings = run_checks(spec, tables, {found.group.name: found.evidence for found in answers})
+    shared = [gain_per_doubling(spec, answers, cuts), *(cut_diagram(law) for law in cuts)]
+    for diagram in shared:
+        write_files(diagram, folder / "figures", stamp(spec))
+    content = Content(
+        spec, tables, records, answers, cuts, findings, known, switches, shared, [figures for _, figures in drawn]
     )
-    document = {
-        "schema_version": 1,
-        "title": title,
-        "question": question,
-        "floors": dict(floors or {}),
-        "runs_sha256": hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest(),
-        "ordering": ordering(laws),
-        "axes": [_law_json(law, noises[law.spec.evaluation]) for law in laws],
-        "excluded": [{"run": run.run, "status": run.status, "reason": run.reason} for run in records.excluded],
-    }
-    (folder / "laws.json").write_text(json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n")
+    write_csv(records.rows, folder / "runs.csv")
+    excluded = [{"run": run.run, "status": run.status, "reason": run.reason} for run in records.excluded]
+    write_csv(excluded or [{"run": "", "status": "", "reason": ""}][:0], folder / "excluded.csv")
+    _laws(folder, content, hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest())
+    markdown, tex = files(tables_of(content), stamp(spec))
+    (folder / "tables.md").write_text(markdown)
+    (folder / "tables.tex").write_text(tex)
     path = folder / "report.html"
-    path.write_text(html)
+    path.write_text(page(content, stamp(spec)))
     return path
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["short"] = _short
-    return environment
+def stamp(spec: StudySpec) -> str:
+    """What stands at the foot of every figure: the study and the hash of its plan."""
+    return f"{spec.name} · study.yaml {spec.sha256[:12]}"
 
 
-def _short(value: float | None) -> str:
-    return "" if value is None else short_number(value)
+def _runs(spec: StudySpec, runs: str | Path | None) -> tuple[Records, str]:
+    """The runs of a study; a folder that is not there yet holds none, a named one must exist."""
+    try:
+        return read_runs(spec.path.parent, runs)
+    except FileNotFoundError:
+        if runs is not None:
+            raise
+        return Records([], []), ""
 
 
-def _figure(draw: Any, subject: Any, path: Path) -> str:
-    draw(subject, path)
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _default_out(spec: StudySpec, source: str) -> Path:
+    return Path(source) if source and Path(source).is_dir() else spec.path.parent / "results"
 
 
-def _interval(gain: Gain, digits: int = 4) -> str:
-    return f"90 % {gain.low:.{digits}f} to {gain.high:.{digits}f}"
+def _floors(source: str) -> dict[str, float]:
+    """Known limits: floors.json in the folder of the runs, or beside their table."""
+    if not source:
+        return {}
+    path = Path(source) / FLOORS if Path(source).is_dir() else Path(source).with_name(FLOORS)
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def answer(law: AxisLaw) -> str:
-    """What to expect of the next doubling of one axis, and what it costs, in one sentence."""
-    spec = law.spec
-    if not law.fits:
-        return f"Nothing can be said: {law.problem}."
-    top = float(law.x_N[-1])
-    if spec.end:
-        return f"No next doubling beyond {short_number(top)} {spec.unit}: {spec.end}."
-    step = f"doubling from {short_number(top)} to {short_number(2 * top)} {spec.unit}"
-    amount = f"{abs(law.gain.value):.4f} {spec.metric_unit} ({_interval(law.gain)})"
-    if not math.isfinite(law.gain.low):
-        told = f"{step} gains about {amount}, interval unknown"
-    elif law.gain.flat:
-        told = f"{step} shows no gain: flat, {law.gain.value:.4f} {spec.metric_unit} ({_interval(law.gain)})"
-    elif law.gain.value > 0:
-        told = f"{step} lowers {spec.split} {spec.metric} by {amount}"
-    else:
-        told = f"{step} makes {spec.split} {spec.metric} worse by {amount}"
-    return f"{told[0].upper()}{told[1:]}, at {_cost(law)}."
-
-
-def _cost(law: AxisLaw) -> str:
-    if law.cost is None:
-        return "an unrecorded cost"
-    if law.cost.extra <= 1e-3 * law.cost.now:
-        return f"no extra {law.cost.unit}"
-    return f"{short_number(law.cost.extra)} more {law.cost.unit} ({law.cost.factor:.2f} times as many)"
-
-
-def ordering(laws: Sequence[AxisLaw]) -> str:
-    """All axes from the largest gain per doubling to the smallest, naming neighbours whose intervals overlap."""
-    fitted = sorted((law for law in laws if law.fits and not law.spec.end), key=lambda law: -law.gain.value)
-    if not fitted:
-        return "No axis could be fitted, so nothing can be put in order."
-    helpful = [law for law in fitted if law.gain.value > 0 and not law.gain.flat]
-    flat = [law.spec.label for law in fitted if law.gain.flat]
-    harmful = [law.spec.label for law in fitted if law.gain.value <= 0 and not law.gain.flat]
-    parts = []
-    if helpful:
-        parts.append("By gain per doubling: " + ", then ".join(law.spec.label for law in helpful) + ".")
-    close = [
-        f"{first.spec.label} and {second.spec.label}"
-        for first, second in itertools.pairwise(helpful)
-        if second.gain.high >= first.gain.low
+def _cuts(spec: StudySpec, tables: Tables, known: Mapping[str, float], draws: int) -> list[AxisLaw]:
+    """The one-axis laws of every group; a floor that is not known is none."""
+    cuts = [
+        dataclasses.replace(cut, floor=None) if isinstance(cut.floor, str) and cut.floor not in known else cut
+        for cut in spec.cuts
     ]
-    if close:
-        parts.append(f"Not settled, the intervals overlap: {'; '.join(close)}.")
-    if flat:
-        parts.append(f"Flat where the study ends: {', '.join(flat)}.")
-    if harmful:
-        parts.append(f"Worse when scaled: {', '.join(harmful)}.")
-    return " ".join([*parts, *_per_cost(helpful)])
+    found = []
+    for group in tables.groups:
+        for entry in axis_specs(dataclasses.replace(spec, cuts=tuple(cuts)), known):
+            if len(tables.groups) > 1:
+                changes = {"name": f"{slug(group.name)}-{entry.name}", "label": f"{group.name}: {entry.label}"}
+                entry = dataclasses.replace(entry, **changes)
+            found.append(axis_law(group.fitted_rows, entry, draws=draws))
+    return found
 
 
-def _per_cost(helpful: Sequence[AxisLaw]) -> list[str]:
-    """The order by gain per extra cost, for each unit of cost that two or more axes share."""
-    parts = []
-    costed = [(law, law.cost) for law in helpful if law.cost is not None and law.cost.extra > 1e-3 * law.cost.now]
-    for unit in dict.fromkeys(cost.unit for _, cost in costed):
-        shared = [(law.gain.value / cost.extra, law.spec.label) for law, cost in costed if cost.unit == unit]
-        if len(shared) > 1:
-            listed = ", then ".join(label for _, label in sorted(shared, reverse=True))
-            parts.append(f"By gain per extra {unit}: {listed}.")
-    return parts
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One group to fit and draw."""
+
+    spec: StudySpec
+    group: Group
+    curves: Curves
+    curve_source: str = ""
+    folder: Path = Path()
+    draws: int = DRAWS
 
 
-def _law_row(law: AxisLaw) -> dict[str, Any]:
-    return {
-        "label": law.spec.label,
-        "unit": law.spec.unit,
-        "problem": law.problem,
-        "judgement": law.judgement if law.fits else "",
-        "gain": f"{law.gain.value:.4f} ({_interval(law.gain)})",
-        "flat": law.gain.flat,
-        "forms": [_form_row(fit, fit.form == law.quoted) for fit in law.fits],
-    }
+def _all(tasks: Sequence[Task], jobs: int | None) -> list[tuple[Answer, list[Diagram]]]:
+    """Every group, in parallel processes where there are several."""
+    workers = min(jobs or os.cpu_count() or 1, len(tasks))
+    if workers < 2:
+        return [draw_group(task) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return list(pool.map(draw_group, tasks))
 
 
-def _form_row(fit: Law, quoted: bool) -> dict[str, Any]:
-    numbers = []
-    for name, value in fit.params.items():
-        low, high = fit.intervals[name]
-        verdict = fit.verdicts.get(name, "")
-        numbers.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", verdict))
-    return {
-        "formula": fit.formula,
-        "quoted": quoted,
-        "certified": fit.certified,
-        "reasons": "; ".join((*fit.reasons, *fit.notes)),
-        "numbers": numbers,
-        "delta": "none: too few points" if math.isnan(fit.delta_aicc) else f"{fit.delta_aicc:.1f}",
-        "weight": "" if math.isnan(fit.weight) else f"{fit.weight:.2f}",
-    }
-
-
-def _facts(law: AxisLaw) -> list[str]:
-    spec = law.spec
-    if not len(law.x_N):
-        return ["No finished run belongs to this axis."]
-    facts = [
-        f"{len(law.x_N)} values of {spec.label} from {short_number(law.x_N[0])} to {short_number(law.x_N[-1])} "
-        f"{spec.unit}, {int(law.seeds_N.sum())} runs; noise from {law.noise_source}."
+def draw_group(task: Task) -> tuple[Answer, list[Diagram]]:
+    """Fits a group, draws the diagnostics that are its own and writes them; named after group and figure."""
+    spec = task.spec
+    found = answer(spec, task.group, draws=task.draws)
+    diagrams = [
+        isoflop_profiles(spec, found),
+        curve_envelope(spec, found, task.curves, task.curve_source),
+        contours(spec, found),
+        loss_by_axis(spec, found),
+        frontier_sizes(spec, found),
+        residuals(spec, found),
+        rollouts(spec, found),
+        profiles(spec, found),
+        tornado(spec, found),
+        learning_rates(spec, found),
+        collapse(spec, found, task.curves, task.curve_source),
+        metric_against_loss(spec, found),
     ]
-    if np.isfinite(law.stderr_N).any():
-        shared = "common to all points, it moves the floor and not the shape" if spec.paired else "in every point"
-        facts.append(
-            f"Sampling error of the evaluation: {np.nanmedian(law.stderr_N):.4f} {spec.metric_unit}, {shared}."
+    where = slug(task.group.name)
+    named = [
+        dataclasses.replace(diagram, name=f"{where}-{diagram.name}", title=f"{number}. {diagram.title}")
+        for number, diagram in enumerate(diagrams, 1)
+    ]
+    for diagram in named:
+        titled = (
+            diagram
+            if task.group.name == "all"
+            else dataclasses.replace(diagram, title=f"{diagram.title} ({task.group.name})")
         )
-    if law.problem:
-        return [*facts, f"Not fitted: {law.problem}."]
-    return [*facts, law.floor_sentence(), *(f"{law.power.form}: {note}." for note in law.power.notes)]
+        write_files(titled, task.folder / "figures", stamp(spec))
+    return found, named
 
 
-def _run_row(row: Mapping[str, Any], axes: Sequence[AxisSpec]) -> dict[str, Any]:
-    key = axes[0].evaluation if axes else ""
-    parameters = [value for name, value in row.items() if name.startswith("parameters.") and value is not None]
-    stderr = row.get(f"{key}.stderr")
-    value = row.get(key)
+def slug(name: str) -> str:
+    """A group's name as part of a file name: "data=ml1m, model=hstu" -> "ml1m-hstu"."""
+    values = [part.split("=", 1)[-1] for part in name.split(", ")]
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(values)).strip("-.") or "group"
+
+
+def _laws(folder: Path, content: Content, runs_sha256: str) -> None:
+    """laws.json with everything, laws/GROUP.json with the law of each group: quoted, else the first, refused."""
+    groups = [_group_json(content.spec, found) for found in content.answers]
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "study": content.spec.name,
+        "study_sha256": content.spec.sha256,
+        "question": content.spec.question,
+        "metric": content.spec.metric,
+        "metric_unit": content.spec.metric_unit,
+        "runs_sha256": runs_sha256,
+        "headline": headline_of(content),
+        "groups": groups,
+        "axes": [cut_json(law) for law in content.cuts],
+        "axes_answers": [cut_answer(law) for law in content.cuts],
+        "axes_ordering": ordering(content.cuts) if content.cuts else "",
+        "floors": dict(content.floors),
+        "checklist": [_finding_json(finding) for finding in content.findings],
+        "excluded": [
+            {"run": run.run, "status": run.status, "reason": run.reason} for run in content.tables.every_excluded
+        ],
+    }
+    (folder / "laws.json").write_text(json.dumps(without_nan(document), allow_nan=False) + "\n")
+    for found in content.answers:
+        if found.law is not None:
+            save_law(found.law, folder / "laws" / f"{slug(found.group.name)}.json")
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    return {"mark": finding.mark} | dataclasses.asdict(finding)
+
+
+def _group_json(spec: StudySpec, found: Answer) -> dict[str, Any]:
+    comparison, test = found.evidence.comparison, found.evidence.held_out
     return {
-        "cell": row["cell.name"] if "cell.name" in row else row["run_id"],
-        "seed": row["seed"],
-        "axes": ", ".join(row.get("cell.axes") or []),
-        "parameters": sum(parameters),
-        "events": row.get("seen.events"),
-        "flops": row.get("flops.train_total"),
-        "loss": "" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}"),
-        "wall": row.get("seconds.wall"),
+        "name": found.group.name,
+        "runs": len(found.group.fitted_rows),
+        "held_out_runs": len(found.group.held_out_rows),
+        "quoted_form": found.law.form if found.law is not None and found.quoted else None,
+        "indistinguishable": list(comparison.near) if comparison else [],
+        "judgement": comparison.text if comparison else "",
+        "problem": found.problem,
+        "gain_per_doubling": [
+            {
+                "axis": entry.axis.name,
+                "from": entry.size,
+                "value": entry.gain.value,
+                "interval": [entry.gain.low, entry.gain.high],
+                "cost_factor": entry.factor,
+            }
+            for entry in found.doubled
+        ],
+        "cost": None if found.cost is None else {"unit": spec.cost.unit, "exponents": found.cost.exponents},
+        "next_runs": [dataclasses.asdict(point) for point in found.next_runs],
+        "held_out": test.text() if test is not None else None,
+        "laws": [as_json(law) for law in comparison.laws] if comparison else [],
     }
 
 
-def _setting(records: Records) -> list[tuple[str, str]]:
-    """Hardware and versions, as recorded by the runs, and those of the fits."""
-    found: dict[str, set[str]] = {}
-    for row in [*records.rows, *(run.row for run in records.excluded if run.row)]:
-        if row.get("devices.kind"):
-            found.setdefault("devices", set()).add(f"{row.get('devices.count')} x {row['devices.kind']}")
-        for key, value in row.items():
-            if key.startswith("versions.") or key in ("revision", "code.revision"):
-                found.setdefault(key, set()).add(str(value))
-    fits = f"python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}"
-    return [
-        *((key, ", ".join(sorted(values))) for key, values in sorted(found.items())),
-        ("fits and figures", f"{fits}, matplotlib {matplotlib.__version__}"),
-    ]
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("recscale.scaling.report", description=__doc__.splitlines()[0])
+    parser.add_argument("study", help="the folder of a study, with study.yaml")
+    parser.add_argument("--runs", help="a folder of run records, or a flat table (default: results/, then runs/NAME)")
+    parser.add_argument("--out", help="where to write (default: the folder of the runs, or STUDY/results)")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws of the laws")
+    parser.add_argument("--jobs", type=int, help="processes (default: the cores)")
+    args = parser.parse_args(arguments)
+    try:
+        path = write(args.study, runs=args.runs, out=args.out, draws=args.draws, jobs=args.jobs)
+    except (ValueError, OSError) as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
 
 
-def _law_json(law: AxisLaw, noise: SeedNoise) -> dict[str, Any]:
-    spec = law.spec
-    gain = law.gain
-    return {
-        "name": spec.name,
-        "label": spec.label,
-        "unit": spec.unit,
-        "evaluation": spec.evaluation,
-        "metric_unit": spec.metric_unit,
-        "answer": answer(law),
-        "problem": law.problem,
-        "judgement": law.judgement,
-        "quoted_form": law.quoted or None,
-        "gain_per_doubling": {"value": gain.value, "interval": [gain.low, gain.high]} if law.fits else None,
-        "flat": gain.flat if law.fits else None,
-        "cost_per_doubling": None if law.cost is None else {"extra": law.cost.extra, "unit": law.cost.unit},
-        "known_floor": spec.floor,
-        "floor": law.floor_sentence(),
-        "floor_interval": law.floor_interval(),
-        "seed_noise": {"sd": noise.sd, "degrees_of_freedom": noise.dof},
-        "noise_source": law.noise_source,
-        "points": {
-            "x": law.x_N.tolist(),
-            "y": law.y_N.tolist(),
-            "sigma": None if law.sigma_N is None else law.sigma_N.tolist(),
-            "seeds": law.seeds_N.tolist(),
-        },
-        "fits": [_fit_json(fit) for fit in law.fits],
-    }
-
-
-def _fit_json(fit: Law) -> dict[str, Any]:
-    return {
-        "form": fit.form,
-        "formula": fit.formula,
-        "params": fit.params,
-        "stderr": fit.stderr,
-        "intervals": fit.intervals,
-        "covariance": fit.covariance.tolist(),
-        "verdicts": fit.verdicts,
-        "certified": fit.certified,
-        "reasons": [*fit.reasons, *fit.notes],
-        "n": fit.n,
-        "domain": fit.domain,
-        "residual_sd": fit.residual_sd,
-        "aicc": fit.aicc,
-        "aicc_note": fit.aicc_note,
-        "delta_aicc": fit.delta_aicc,
-        "weight": fit.weight,
-    }
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(child) for child in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+if __name__ == "__main__":
+    sys.exit(main())

@@ -151,10 +151,10 @@ def test_every_cell_of_the_study_builds_and_is_unique(study, configs):
     assert {tuple(c.cell.coordinates) for c in configs.values()} == {tuple(configs["base-s0"].cell.coordinates)}
 
 
-def test_the_study_has_five_cells_on_every_axis_and_three_seeds_at_the_base(configs):
+def test_the_study_has_five_cells_on_every_axis_and_five_seeds_at_the_base(configs):
     for axis in axes.AXES:
         assert len({c.cell.name for c in configs.values() if axis in c.cell.axes}) >= 5
-    assert sum(c.cell.name == "base" for c in configs.values()) == 3
+    assert sum(c.cell.name == "base" for c in configs.values()) == 5
     start = configs["base-s0"].cell.coordinates
     for config in configs.values():  # one axis at a time
         moved = [k for k, v in config.cell.coordinates.items() if v != start[k]]

@@ -9,7 +9,6 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from launch.local import load
 from recscale.scaling.collect import Excluded, Records, collect, write_csv
 from recscale.scaling.study import axis_specs, read_runs, read_spec, rows_of
 from tests.scaling import passing_study
@@ -195,35 +194,18 @@ def test_a_table_names_every_run_once(tmp_path, second):
         read_runs(tmp_path, tmp_path / "runs.csv")
 
 
-def test_the_planted_study_says_in_its_plan_what_its_script_says():
+def test_the_planted_study_reads_its_own_plan():
     spec = read_spec(PLANTED)
     known = json.loads((PLANTED / "results" / "floors.json").read_text())
-    ours, theirs = axis_specs(spec, known), load(PLANTED).report_axes(known)
+    cuts = axis_specs(spec, known)
     rows = read_runs(PLANTED)[0].rows
-    fields = [
-        "name",
-        "x",
-        "label",
-        "unit",
-        "metric",
-        "split",
-        "slice",
-        "metric_unit",
-        "floor",
-        "cost",
-        "cost_unit",
-        "paired",
-        "end",
-        "evaluation",
-    ]
-    assert len(ours) == len(theirs) == 7
-    for a, b in zip(ours, theirs, strict=True):
-        assert [getattr(a, name) for name in fields] == [getattr(b, name) for name in fields]
-        assert [a.belongs(row) for row in rows] == [b.belongs(row) for row in rows]
+    assert [cut.name for cut in cuts] == ["dim", "rows", "users", "events", "history", "width", "depth"]
+    assert {cut.floor for cut in cuts} == {known["history=32"], known["history=all"]}
+    assert all(sum(cut.belongs(row) for row in rows) >= 5 for cut in cuts)
     columns = {"parameters.tables", "seen.events", "cell.coordinates.history", "parameters.dense"}
     assert {axis.column for axis in spec.axes} == columns
     (group,) = rows_of(spec, Records(rows, [])).groups
-    assert len(group.points) == 32 and "a switch, not a size" in group.excluded[0].reason
+    assert len(group.points) == len(rows) - 1 and "a switch, not a size" in group.excluded[0].reason
 
 
 def test_a_cut_with_an_unknown_floor_names_the_known_ones():
