@@ -184,9 +184,10 @@ def _with_intervals(law: Law, goal: Objective, theta_Q: np.ndarray, noise: sure.
             low, high = sure.crossing(value_T, deviance_T, sure.quantile(noise))
             intervals[name] = min(low, intervals[name][0]), max(high, intervals[name][1])
         verdicts[name] = _verdict(law, name, intervals[name], bool((goal.y_N > 0).all()))
-        if name == entry.limit and (goal.y_N > 0).all():  # a loss cannot end below 0, nor a share above 1
-            low, high = np.clip(intervals[name], *entry.limits)
-            intervals[name] = float(low), float(high)
+        low, high = entry.limits
+        if name == entry.limit and (goal.y_N > 0).all() and low <= law.params[name] <= high:
+            ends = np.clip(intervals[name], low, high)  # a loss cannot end below 0, nor a share above 1
+            intervals[name] = float(ends[0]), float(ends[1])
     return dataclasses.replace(law, intervals=intervals, verdicts=verdicts, profiles=profiles)
 
 
