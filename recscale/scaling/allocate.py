@@ -18,6 +18,7 @@ from recscale.scaling.intervals import percentiles
 from recscale.scaling.law import Gain, Law, Sizes
 
 STARTS = 8
+MOST_REPEATS = 2
 Cost = Callable[[Mapping[str, Any]], Any]
 
 
@@ -58,13 +59,17 @@ def fitted_cost(x: Mapping[str, np.ndarray], cost_N: np.ndarray) -> FittedCost:
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """The best sizes by axis, the metric there, the costs there, which budgets bind, decades beyond the data."""
+    """The best sizes by axis, the metric there, the costs there, which budgets bind, decades beyond the data.
+
+    at_reach: axes that stand as far from the data as they may: not the budget stopped them, nor the law.
+    """
 
     sizes: dict[str, float]
     value: float
     costs: dict[str, float]
     binding: tuple[str, ...]
     decades: float
+    at_reach: tuple[str, ...] = ()
 
 
 def minimise(
@@ -75,20 +80,28 @@ def minimise(
     reach: float = 1.5,
     params_P: np.ndarray | None = None,
     near: Mapping[str, float] | None = None,
+    rises: bool | None = None,
 ) -> Allocation:
-    """The sizes of smallest predicted metric (largest for a ceiling) whose costs stay within all budgets.
+    """The sizes of best predicted metric whose costs stay within all budgets.
 
     budgets: name -> (cost, largest value). fixed: sizes that are not free. Sizes move at most `reach` decades beyond
-    the fitted domain. params_P: another draw of the law; near: start there only. SLSQP in logs from 8 starts.
-    Raises ValueError when no sizes within reach are affordable.
+    the fitted domain. params_P: another draw of the law; near: start there only. rises: whether a larger metric is
+    better (default: whether the law rises from its smallest sizes to its largest). SLSQP in logs from 8 starts.
+    Raises ValueError when no sizes within reach are affordable, or a budget or a fixed axis makes no sense.
     """
     fixed = dict(fixed or {})
     free = [axis for axis in law.axes if axis not in fixed]
+    if set(fixed) - set(law.axes) or not free:
+        raise ValueError(f"fixed: found {', '.join(fixed)}, expected some, not all, of {', '.join(law.axes)}")
+    if wrong := {name: budget for name, (_, budget) in budgets.items() if not budget > 0}:
+        raise ValueError(f"budgets: found {wrong}, expected numbers above 0")
     low_F = np.array([math.log(law.domain[axis][0]) for axis in free]) - reach * math.log(10)
     high_F = np.array([math.log(law.domain[axis][1]) for axis in free]) + reach * math.log(10)
     form = FORMS[law.form]
     theta_1P = (law.params_P if params_P is None else params_P)[None]
-    sign = -1.0 if law.form == "ceiling" else 1.0
+    smallest = {axis: low for axis, (low, _) in law.domain.items()}
+    rising = bool(law.curve(law.corner())[0] > law.curve(smallest)[0]) if rises is None else rises
+    sign = -1.0 if rising else 1.0
     scale = abs(float(law.curve(law.corner())[0])) or 1.0
 
     def sizes(log_F: np.ndarray) -> dict[str, float]:
@@ -130,7 +143,9 @@ def minimise(
     costs = {name: float(np.ravel(cost(chosen))[0]) for name, (cost, _) in budgets.items()}
     binding = tuple(name for name, (_, budget) in budgets.items() if costs[name] > budget * (1 - 1e-3))
     decades = float(law.decades_beyond(chosen)[0])
-    return Allocation(chosen, sign * float(best.fun) * scale, costs, binding, decades)
+    edge_F = (best.x - low_F < 1e-3) | (high_F - best.x < 1e-3)
+    at_reach = tuple(axis for axis, edge in zip(free, edge_F, strict=True) if edge)
+    return Allocation(chosen, sign * float(best.fun) * scale, costs, binding, decades, at_reach)
 
 
 def product_optimum(law: Law, budget: float, kappa: float, params_P: np.ndarray | None = None) -> tuple[float, float]:
@@ -163,6 +178,7 @@ def frontier(
     fixed: Mapping[str, float] | None = None,
     draws: int = 60,
     reach: float = 1.5,
+    rises: bool | None = None,
 ) -> Frontier:
     """The frontier of one cost, other budgets (such as serving FLOPs) held, with bands over `draws` bootstrap draws."""
     budget_B = np.asarray(budget_B, np.float64)
@@ -170,12 +186,13 @@ def frontier(
     best, sized, valued = [], [], []
     for budget in budget_B:
         limits = dict(others or {}) | {name: (cost, float(budget))}
-        found = minimise(law, limits, fixed=fixed, reach=reach)
+        found = minimise(law, limits, fixed=fixed, reach=reach, rises=rises)
         best.append(found)
         rows = []
         for params_P in picked_SP:
             try:
-                rows.append(minimise(law, limits, fixed=fixed, reach=reach, params_P=params_P, near=found.sizes))
+                again = {"params_P": params_P, "near": found.sizes, "rises": rises}
+                rows.append(minimise(law, limits, fixed=fixed, reach=reach, **again))
             except ValueError:
                 continue
         sized.append([[row.sizes[axis] for axis in law.axes] for row in rows] or [[math.nan] * len(law.axes)])
@@ -241,29 +258,45 @@ def next_points(
     """The runs that shrink the interval of the law at the target most per cost, within a budget, in order.
 
     Greedy design on the bootstrap draws: the law at target and candidates is treated as jointly normal, and a run with
-    the law's run noise conditions it. candidates: sizes [M] by axis; they may be chosen twice.
+    the law's run noise conditions it. Greedy by the cut and by the cut per cost, whichever leaves less of the interval.
+    candidates: sizes [M] by axis; each is chosen at most twice. Raises ValueError for costs not above 0.
     """
     x_KM = law.sizes(candidates)
     columns = {axis: x_KM[index] for index, axis in enumerate(law.axes)}
-    cost_M = np.broadcast_to(np.asarray(cost(columns), np.float64), x_KM.shape[1])
+    cost_M = np.array(np.broadcast_to(np.asarray(cost(columns), np.float64), x_KM.shape[1]))
+    if not (cost_M > 0).all():
+        raise ValueError(f"cost: found {cost_M.min():g} for a candidate, expected numbers above 0")
     drawn_SM = np.concatenate([law.drawn(columns), law.drawn({axis: target[axis] for axis in law.axes})], 1)
+    noise_SM = law.drawn_runs(columns) - law.drawn(columns)
     drawn_SM = drawn_SM[np.isfinite(drawn_SM).all(1)]
-    covariance = np.cov(drawn_SM, rowvar=False)
-    noise = law.drawn_runs(columns)[: len(drawn_SM)] - law.drawn(columns)[: len(drawn_SM)]
-    noise_M = np.nanvar(noise, axis=0)
-    before = covariance[-1, -1]
-    found: list[NextPoint] = []
-    spent = 0.0
+    covariance, noise_M = np.cov(drawn_SM, rowvar=False), np.nanvar(noise_SM, axis=0)
+    plans = [
+        _greedy(covariance, noise_M, cost_M, weight_M, budget, most) for weight_M in (cost_M, np.ones_like(cost_M))
+    ]
+    chosen = min(plans, key=lambda plan: plan[-1][1] if plan else 1.0)
+    return tuple(
+        NextPoint({axis: float(x[index]) for axis, x in columns.items()}, float(cost_M[index]), left)
+        for index, left in chosen
+    )
+
+
+def _greedy(
+    covariance: np.ndarray, noise_M: np.ndarray, cost_M: np.ndarray, weight_M: np.ndarray, budget: float, most: int
+) -> list[tuple[int, float]]:
+    """(candidate, share of the target's standard deviation that is left), in the order chosen."""
+    before, spent = covariance[-1, -1], 0.0
+    times_M = np.zeros(len(cost_M), np.int64)
+    found: list[tuple[int, float]] = []
     while len(found) < most and before > 0:
         spread_M = np.diag(covariance)[:-1] + noise_M
         cut_M = np.where(spread_M > 0, np.square(covariance[-1, :-1]) / np.maximum(spread_M, 1e-300), 0.0)
-        cut_M = np.where(spent + cost_M <= budget, cut_M, -1.0)
-        best = int(np.argmax(cut_M / cost_M))
+        cut_M = np.where((spent + cost_M <= budget) & (times_M < MOST_REPEATS), cut_M, -1.0)
+        best = int(np.argmax(cut_M / weight_M))
         if cut_M[best] <= 1e-4 * before:
             break
         column = covariance[:, best : best + 1]
         covariance = covariance - column @ column.T / spread_M[best]
         spent += float(cost_M[best])
-        left = math.sqrt(max(covariance[-1, -1], 0.0) / before)
-        found.append(NextPoint({axis: float(x[best]) for axis, x in columns.items()}, float(cost_M[best]), left))
-    return tuple(found)
+        times_M[best] += 1
+        found.append((best, math.sqrt(max(covariance[-1, -1], 0.0) / before)))
+    return found

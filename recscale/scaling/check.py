@@ -14,6 +14,7 @@ import numpy as np
 from recscale.scaling import checklist_design, checklist_laws, checklist_records, checklist_runs
 from recscale.scaling.evidence import gather_all
 from recscale.scaling.findings import OK, Context, Evidence, Finding, Item
+from recscale.scaling.fits import MINIMUM_DRAWS
 from recscale.scaling.study import Tables, read_runs, rows_of
 from recscale.scaling.study_file import StudySpec, read_spec
 
@@ -98,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-laws", action="store_true", help="judge the runs alone, fit nothing")
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws")
     args = parser.parse_args(arguments)
+    if args.draws < MINIMUM_DRAWS:
+        print(f"error: --draws: found {args.draws}, expected at least {MINIMUM_DRAWS}", file=sys.stderr)
+        return 2
     try:
         spec = read_spec(args.study)
         records, source = read_runs(args.study, args.runs)

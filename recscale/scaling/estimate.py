@@ -24,6 +24,7 @@ AGREEMENT = 1e-6
 GRADIENT_LIMIT = 1e-2
 CONDITION_LIMIT = 1e10
 POINTS_PER_PARAMETER = 3
+COLLINEAR = 1e3  # condition of the standardised axes above which they move as one
 ITERATIONS = 300
 PATIENCE = 6
 SCALES = ("log", "identity")
@@ -284,6 +285,10 @@ def certificate(
     if not condition < CONDITION_LIMIT:
         reasons.append(f"condition {condition:.3g} of the curvature, must be below {CONDITION_LIMIT:g}")
     reasons += [f"{name}" for name in on_bound]
+    if _condition_of_axes(goal) > COLLINEAR:
+        reasons.append(f"{' and '.join(points.axes)} move together: no fit can tell them apart")
+    if np.ptp(points.y_N) <= 1e-12 * np.abs(points.y_N).max():
+        reasons.append(f"{points.metric} does not move")
     if points.distinct < p + 1:
         reasons.append(f"{points.distinct} distinct places on the axes for {p} parameters, needs {p + 1}")
     if enough < POINTS_PER_PARAMETER * p:
@@ -292,6 +297,17 @@ def certificate(
         )
         reasons.append(f"{counted} for {p} parameters, needs {POINTS_PER_PARAMETER * p}")
     return Certificate(gradient, agreeing, len(losses), condition, on_bound, enough, p, tuple(reasons))
+
+
+def _condition_of_axes(goal: Objective) -> float:
+    """Condition of the standardised axes, 1 for one axis; an axis that does not move counts as infinite."""
+    if len(goal.z_KN) < 2 or goal.form.raw:
+        return 1.0
+    moved_KN = goal.z_KN - goal.z_KN.mean(1, keepdims=True)
+    size_K1 = np.linalg.norm(moved_KN, axis=1, keepdims=True)
+    if not (size_K1 > 1e-12).all():
+        return math.inf
+    return float(np.linalg.cond(moved_KN / size_K1))
 
 
 def _noise_of_one(goal: Objective, residual_N: np.ndarray, q: int) -> float:
@@ -309,9 +325,9 @@ def _on_bound(goal: Objective, theta_Q: np.ndarray, params: dict[str, float]) ->
     lower_Q, upper_Q = goal.bounds
     edge = 1e-9 + 1e-6 * np.abs(np.where(np.isfinite(lower_Q), lower_Q, 0.0))
     if ((theta_Q - lower_Q) <= edge).any():
-        found.append("an exponent stands on its lower bound: a logarithm says as much")
+        found.append("an exponent or shape stands on its lower bound: a logarithm may say as much")
     if ((upper_Q - theta_Q) <= 1e-6 * np.abs(np.where(np.isfinite(upper_Q), upper_Q, 1.0))).any():
-        found.append("an exponent stands on its upper bound: a step, not a law")
+        found.append("an exponent or shape stands on its upper bound: a step, not a law")
     for name, value in params.items():
         if name.split("_")[0] in form.positive and not value > 0:
             found.append(f"{name} = {value:.3g} is not above 0: the metric does not move the way the form says")

@@ -76,7 +76,7 @@ def _rollouts(spec: StudySpec, group: Group, points: Points, law: Law) -> dict[s
         return {}
     levels_N = rollout_levels(along_N)
     forms = dict.fromkeys((law.form, NULL))
-    options = {"scale": law.scale, "draws": FEWEST_DRAWS}
+    options = {"scale": law.scale, "delta": spec.delta, "draws": FEWEST_DRAWS}
     return {spec.main_axis: {form: rollout(points, spec.main_axis, form, levels_N, **options) for form in forms}}
 
 

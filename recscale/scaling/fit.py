@@ -75,6 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nWhat would make it carry:", *(f"  - {line}" for line in advice(law)), sep="\n")
         if not args.force:
             return UNCERTIFIED
+    elif not carried(law, comparison) and not args.force:
+        print(
+            f"\n{law.form} is not the law of these runs: {comparison.text} Take the form that is, or --force this one."
+        )
+        return UNCERTIFIED
     if len(points.held_out):
         print(f"\nheld out: {held_out_test(law, points).text()}")
     try:
@@ -92,7 +97,7 @@ def _mapping(file: str | None) -> dict[str, str] | None:
         return None
     try:
         found = yaml.safe_load(Path(file).read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(part, str) for pair in found.items() for part in pair):
         raise ValueError(f"{file}: expected lines of NAME: COLUMN, e.g. tokens: metrics.tokens_seen")
@@ -106,6 +111,9 @@ def _choice(args: argparse.Namespace) -> Choice:
     if not low <= len(args.x) <= (high or len(args.x)):
         wanted = f"{low}" if low == high else f"at least {low}"
         raise ValueError(f"--form {args.form}: takes {wanted} axes, found {len(args.x)} in --x")
+    named = [*args.x, args.y]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise ValueError(f"--x, --y: {', '.join(twice)} is named twice, expected every column once")
     held = args.held_out
     if held is not None and "=" not in held:
         raise ValueError(f"--held-out: found {held!r}, expected COLUMN=VALUE")
@@ -124,7 +132,7 @@ def _choice(args: argparse.Namespace) -> Choice:
 
 def _fitted(points: Points, args: argparse.Namespace) -> tuple[Law, Comparison]:
     delta = number(args.delta)
-    forms = list(dict.fromkeys([args.form, NULL]))
+    forms = list(dict.fromkeys([args.form, NULL, "constant"]))
     options: dict[str, Any] = {
         "scale": args.scale,
         "delta": args.delta if delta is None else delta,
@@ -145,6 +153,8 @@ def _sizes(text: str, axes: Sequence[str], metric: str) -> dict[str, float]:
         amount = number(value)
         if not sign or amount is None or not math.isfinite(amount) or name not in (*axes, metric):
             raise ValueError(f"sizes: found {part!r}, expected NAME=NUMBER with a name of {', '.join(axes)}")
+        if name != metric and amount <= 0:
+            raise ValueError(f"sizes: found {part!r}, expected a size above 0")
         found[name] = amount
     missing = [axis for axis in axes if axis not in found]
     if missing:
@@ -155,7 +165,7 @@ def _sizes(text: str, axes: Sequence[str], metric: str) -> dict[str, float]:
 def describe(law: Law, comparison: Comparison, excluded: Sequence[Excluded]) -> str:
     """The law as text: parameters with intervals and verdicts, certificate, nulls, gains, runs left out."""
     proof = law.certificate
-    head = "" if law.certified else "NOT CERTIFIED: "
+    head = "NOT CERTIFIED: " if not law.certified else "" if carried(law, comparison) else "NOT CARRIED: "
     lines = [
         f"{head}{law.metric} = {law.formula}",
         f"  {law.form}, {law.n} points, residuals of the {law.scale}, delta {law.delta:.3g}",
@@ -195,6 +205,11 @@ def describe(law: Law, comparison: Comparison, excluded: Sequence[Excluded]) -> 
         lines += [f"    {run.run}: {run.reason}" for run in excluded[:SHOWN_EXCLUDED]]
         lines += [f"    and {len(excluded) - SHOWN_EXCLUDED} more"] if len(excluded) > SHOWN_EXCLUDED else []
     return "\n".join(lines)
+
+
+def carried(law: Law, comparison: Comparison) -> bool:
+    """Whether the law is the best of the comparison, or cannot be told from it."""
+    return comparison.best is not None and (law is comparison.best or law.form in comparison.near)
 
 
 def advice(law: Law) -> list[str]:

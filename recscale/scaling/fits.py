@@ -18,6 +18,7 @@ from recscale.scaling.points import Points
 
 MINIMUM_DRAWS = 200
 INDISTINGUISHABLE = 2.0
+FAR_WORSE = 10.0  # AICc: a form this far behind another, refused or not, is no law of the data
 LAD_STEPS = 40
 
 
@@ -229,7 +230,7 @@ class Comparison:
         all speak. Default place: the largest sizes fitted.
         """
         sloping = [law for law in self.laws if law.form != "constant"]
-        usable = [law for law in sloping if law.certified] or sloping
+        usable = [law for law in sloping if law.certified and not law.delta_aicc > FAR_WORSE] or sloping
         first = self.laws[0]
         if math.isnan(first.weight) and any(law is first for law in usable):
             return first.gain_per_doubling(axis, at)
@@ -324,6 +325,12 @@ def _judged(laws: Sequence[Law]) -> tuple[Law | None, tuple[str, ...], str]:
         notes = "; ".join(law.aicc_note for law in usable if law.aicc_note)
         return usable[0], tuple(law.form for law in usable[1:]), f"{usable[0].form}: not compared, {notes}.{why}"
     best, *rest = sorted(usable, key=lambda law: law.aicc)
+    ahead = [law for law in refused if best.aicc - law.aicc > FAR_WORSE]
+    if ahead:
+        margin = best.aicc - min(law.aicc for law in ahead)
+        names = " and ".join(law.form for law in ahead)
+        told = f"No law: {best.form} is certified but fits far worse (AICc by {margin:.0f}) than the refused {names}."
+        return None, (), f"{told}{why}"
     near = tuple(law.form for law in rest if law.aicc - best.aicc < INDISTINGUISHABLE)
     if near:
         return best, near, f"{best.form} fits best, indistinguishable from {' and '.join(near)}.{why}"

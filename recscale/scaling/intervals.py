@@ -128,7 +128,8 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     lineages = len(set(points.lineage_N))
     if kind == "auto":
-        kind = "case" if lineages >= CASE_BOOTSTRAP_FROM else "residual"
+        enough = lineages >= CASE_BOOTSTRAP_FROM and points.distinct > len(theta_Q) + 1
+        kind = "case" if enough else "residual"
     fitted_1N, _ = goal.form.curve(theta_Q[None], goal.z_KN)
     residual_N = goal.residuals(theta_Q[None], goal.y_N[None])[0][0]
     n, q = len(points), len(theta_Q)
@@ -188,7 +189,9 @@ def _resampled(points: Points, count: int, q: int, rng: np.random.Generator) -> 
         else:
             rows.append(weight_N)
     if len(rows) < count:
-        raise ValueError(f"bootstrap: {len(names)} lineages are too few to resample {q} parameters, add runs")
+        raise ValueError(
+            f"bootstrap: {len(names)} lineages on {points.distinct} places are too few to resample {q} parameters"
+        )
     return np.stack(rows), refused / (count + refused)
 
 
@@ -273,6 +276,7 @@ def _deviance(goal: Objective, theta_Q: np.ndarray, loss_T: np.ndarray, best: fl
         return 2.0 * np.maximum(loss_T - best, 0.0) / noise.variance
     residual_N = goal.residuals(theta_Q[None], goal.y_N[None])[0][0]
     outside = float((np.abs(residual_N) > goal.delta).mean())
+    best = max(best, 1e-300)
     return len(residual_N) * (1.0 + outside) * np.log(np.maximum(loss_T, best) / best)
 
 

@@ -141,6 +141,8 @@ class Law:
 
     def gain_per_doubling(self, axis: str, at: Mapping[str, float] | None = None) -> Gain:
         """What twice as much of one axis buys at a place (default: the largest sizes fitted)."""
+        if axis not in self.axes:
+            raise ValueError(f"axis: found {axis!r}, expected one of {', '.join(self.axes)}")
         here = dict(at or self.corner())
         ends = {name: np.array([value, value * (2 if name == axis else 1)]) for name, value in here.items()}
         value_2, drawn_S2 = self.curve(ends), self.drawn(ends)

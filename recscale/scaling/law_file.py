@@ -67,7 +67,7 @@ def load_law(path: str | Path) -> Law:
         raise ValueError(f"{path}: found no law of schema_version {SCHEMA_VERSION}, expected a file of save_law")
     try:
         return _law(document)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a law file: {type(error).__name__} {error}") from error
 
 
@@ -75,6 +75,15 @@ def _law(document: dict[str, Any]) -> Law:
     form, axes = document["form"], tuple(document["axes"])
     if form not in FORMS or FORMS[form].names(axes) != tuple(document["params"]):
         raise ValueError(f"form {form!r} with parameters {', '.join(document['params'])} is not known here")
+    if not all(isinstance(value, float | int) for value in document["params"].values()):
+        raise ValueError(f"params: found {document['params']}, expected numbers")
+    draws_SP = np.array(document["draws"], np.float64)
+    if (
+        draws_SP.ndim != 2
+        or draws_SP.shape[1] != len(document["params"])
+        or len(document["residual_draws"]) != len(draws_SP)
+    ):
+        raise ValueError(f"draws: found {draws_SP.shape}, expected a row of {len(document['params'])} numbers per draw")
     proof = {name: _number(value) for name, value in document["certificate"].items() if not isinstance(value, list)}
     certificate = Certificate(
         **proof, on_bound=tuple(document["certificate"]["on_bound"]), reasons=tuple(document["certificate"]["reasons"])
@@ -87,10 +96,10 @@ def _law(document: dict[str, Any]) -> Law:
         axes=axes,
         intervals={name: (_number(low), _number(high)) for name, (low, high) in document["intervals"].items()},
         domain={axis: (low, high) for axis, (low, high) in document["domain"].items()},
-        delta=math.inf if document["delta"] == "lsq" else document["delta"],
+        delta=math.inf if document["delta"] == "lsq" else float(document["delta"]),
         certificate=certificate,
         notes=tuple(document["notes"]),
-        draws_SP=np.array(document["draws"], np.float64),
+        draws_SP=draws_SP,
         residual_S=np.array(document["residual_draws"], np.float64),
         profiles={name: (np.array(x, np.float64), np.array(y, np.float64)) for name, (x, y) in profiles.items()},
     )

@@ -83,9 +83,7 @@ def write(
     content = Content(
         spec, tables, records, answers, cuts, findings, known, switches, shared, [figures for _, figures in drawn]
     )
-    write_csv(records.rows, folder / "runs.csv")
-    excluded = [{"run": run.run, "status": run.status, "reason": run.reason} for run in records.excluded]
-    write_csv(excluded or [{"run": "", "status": "", "reason": ""}][:0], folder / "excluded.csv")
+    _tables(folder, records, Path(source))
     _laws(folder, content, hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest())
     markdown, tex = files(tables_of(content), stamp(spec))
     (folder / "tables.md").write_text(markdown)
@@ -93,6 +91,16 @@ def write(
     path = folder / "report.html"
     path.write_text(page(content, stamp(spec)))
     return path
+
+
+def _tables(folder: Path, records: Records, source: Path) -> None:
+    """runs.csv and excluded.csv. A frozen table that is read is not written over, and one that tells of no excluded
+    runs gets no empty list of them, which would say that there were none."""
+    if source.resolve() != (folder / "runs.csv").resolve():
+        write_csv(records.rows, folder / "runs.csv")
+    excluded = [{"run": run.run, "status": run.status, "reason": run.reason} for run in records.excluded]
+    if excluded or not source.is_file() or source.with_name("excluded.csv").exists():
+        write_csv(excluded, folder / "excluded.csv")
 
 
 def stamp(spec: StudySpec) -> str:
@@ -119,7 +127,12 @@ def _floors(source: str) -> dict[str, float]:
     if not source:
         return {}
     path = Path(source) / FLOORS if Path(source).is_dir() else Path(source).with_name(FLOORS)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected an object of NAME: NUMBER ({error})") from error
 
 
 def _cuts(spec: StudySpec, tables: Tables, known: Mapping[str, float], draws: int) -> list[AxisLaw]:

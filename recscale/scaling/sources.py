@@ -94,6 +94,9 @@ def read_table(path: str | Path, mapping: Mapping[str, str] | None = None) -> Ta
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         text = str(error).splitlines()[0]
         raise BadTable([text if text.startswith(str(path)) else f"{path}: cannot be read ({text})"]) from error
+    if not rows and excluded:
+        why = f"{excluded[0].run}: {excluded[0].reason}"
+        raise BadTable([f"{path}: all {len(excluded)} runs ({kind}) are left out, the first {why}"])
     if not rows:
         raise BadTable([f"{path}: found no runs ({kind}), expected at least one row"])
     table = _renamed(Table(str(path), kind, tuple(row for _, row in rows), tuple(place for place, _ in rows)), mapping)
@@ -182,7 +185,8 @@ def _finished(table: Table) -> Table:
         if state == kind.done:
             keep.append(index)
         else:
-            run = str(row.get(table.run_column or "")) or table.places[index]
+            name = row.get(table.run_column or "")
+            run = table.places[index] if name is None else str(name)
             excluded.append(Excluded(run, str(state), f"{kind.status} is {state}, not {kind.done}", row))
     rows, places = tuple(table.rows[i] for i in keep), tuple(table.places[i] for i in keep)
     if not rows:

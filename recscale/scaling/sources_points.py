@@ -78,17 +78,17 @@ def points_of(table: Table, choice: Choice) -> tuple[Points, list[Excluded]]:
     chosen, excluded = [], list(table.excluded)
     for index, row in enumerate(table.rows):
         failed = next((condition for condition in choice.where if not condition.holds(row)), None)
-        name = str(row.get(run_column)) if run_column else table.places[index]
+        name = _named(row, run_column, "") if run_column else table.places[index]
         if failed is None:
             chosen.append((index, name))
         else:
             reason = f"{failed.column} is {row.get(failed.column)}, not {failed.sign} {failed.value}"
-            excluded.append(Excluded(name, "left out", reason, row))
+            excluded.append(Excluded(name or table.places[index], "left out", reason, row))
     rows, places = [table.rows[i] for i, _ in chosen], [table.places[i] for i, _ in chosen]
     names = [name for _, name in chosen]
     columns = {axis: _numbers(table, column, rows, places, True, problems) for axis, column in choice.x.items()}
     y_N = _numbers(table, choice.y, rows, places, False, problems)
-    problems += _duplicates(table, names, places) if run_column else []
+    problems += _duplicates(table, run_column, names, places) if run_column else []
     held_out_N = np.array([choice.held_out is not None and choice.held_out.holds(row) for row in rows], bool)
     if choice.held_out and not held_out_N.any():
         held = choice.held_out
@@ -101,7 +101,9 @@ def points_of(table: Table, choice: Choice) -> tuple[Points, list[Excluded]]:
         )
     if problems:
         raise BadTable(problems)
-    lineage = [str(row.get(choice.lineage)) for row in rows] if choice.lineage else None
+    lineage = None
+    if choice.lineage:  # a run that names no trajectory is one of its own
+        lineage = [_named(row, choice.lineage, name) for row, name in zip(rows, names, strict=True)]
     sigma, dof = replicate_noise(columns, y_N, ~held_out_N) if choice.seed else (None, math.inf)
     points = Points.of(
         columns, y_N, sigma=sigma, sigma_dof=dof, run=names, lineage=lineage, held_out=held_out_N, metric=choice.y
@@ -130,11 +132,17 @@ def _numbers(
     return np.array(found, np.float64)
 
 
-def _duplicates(table: Table, names: Sequence[str], places: Sequence[str]) -> list[str]:
+def _named(row: Row, column: str, missing: str) -> str:
+    return missing if row.get(column) is None else str(row[column])
+
+
+def _duplicates(table: Table, column: str, names: Sequence[str], places: Sequence[str]) -> list[str]:
     first: dict[str, str] = {}
     lines = []
     for name, place in zip(names, places, strict=True):
-        if name in first:
+        if not name:
+            lines.append(f"{table.source}, {place}: {column} is empty, expected the name of the run")
+        elif name in first:
             lines.append(f"{table.source}, {place}: run {name!r} stands on {first[name]} already: a run is one row")
         first.setdefault(name, place)
     return lines

@@ -47,13 +47,24 @@ def mlflow_folder(folder: Path) -> Rows:
         row: Row = {
             "run_id": str(meta["run_id"]),
             "run_name": meta.get("run_name"),
-            "status": MLFLOW_STATUS.get(meta.get("status", 0), str(meta.get("status"))),
+            "status": _status(meta.get("status")),
         }
-        row |= {f"params.{name}": file.read_text().strip() for name, file in _leaves(run / "params")}
-        row |= {f"tags.{name}": file.read_text().strip() for name, file in _leaves(run / "tags")}
+        row |= {f"params.{name}": _text(file).strip() for name, file in _leaves(run / "params")}
+        row |= {f"tags.{name}": _text(file).strip() for name, file in _leaves(run / "tags")}
         row |= {f"metrics.{name}": _last_metric(file) for name, file in _leaves(run / "metrics")}
         rows.append((f"run {row['run_id']}", row))
     return rows
+
+
+def _status(found: Any) -> str:
+    return MLFLOW_STATUS[found] if isinstance(found, int) and found in MLFLOW_STATUS else str(found)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _leaves(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -65,7 +76,7 @@ def _leaves(folder: Path) -> Iterator[tuple[str, Path]]:
 def _last_metric(file: Path) -> float | None:
     """The value at the last step, the later one of two at one step."""
     last: tuple[int, int, float] | None = None
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         parts = line.split()
         try:
             entry = (int(parts[2]) if len(parts) > 2 else 0, int(parts[0]), float(parts[1]))
@@ -85,7 +96,7 @@ def json_lines(files: Sequence[Path]) -> Rows:
     rows: Rows = []
     for file in files:
         entries = []
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(_text(file).splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -94,6 +105,8 @@ def json_lines(files: Sequence[Path]) -> Rows:
                 raise ValueError(f"{file}:{number}: not JSON ({error.msg}), expected one object per line") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{file}:{number}: found a {type(entry).__name__}, expected one object per line")
+            if not isinstance(entry.get("_step") or 0, int | float):
+                raise ValueError(f"{file}:{number}: _step is {entry['_step']!r}, expected a number")
             entries.append((number, dict(_flat(entry))))
         if any("_step" in entry for _, entry in entries):
             rows.append((f"run {file.stem}", {"run": file.stem} | _last_values([entry for _, entry in entries])))

@@ -131,7 +131,10 @@ def _value(key: str, text: str) -> Any:
     if text in ("True", "False"):
         return text == "True"
     if text.startswith("["):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:  # a cell cut short is no list; what needs it says so
+            return text
     value = number(text)
     if value is None:
         return text
@@ -200,7 +203,8 @@ def _reason(spec: StudySpec, row: Row) -> str:
         if exclusion.meets(row):
             return f"declared beforehand: {exclusion.reason} ({exclusion.column} is {row.get(exclusion.column)})"
     if value_of(row, spec.metric) is None:
-        return f"no {spec.metric}"
+        found = row.get(spec.metric)
+        return f"no {spec.metric}" if found is None else f"{spec.metric} is {found}, expected a finite number"
     for axis in spec.axes:
         value = value_of(row, axis.column)
         if value is None or value <= 0:

@@ -123,6 +123,12 @@ def project(law: Law, x: Sizes, force: bool = False) -> Projection:
             f"{distance}, a law speaks for at most {FARTHEST_DECADES}: train larger runs, or force it and say so"
         )
     value_M, low_M, high_M = law.prediction(x)
+    bottom, top = (0.0, 1.0) if law.form == "ceiling" else (0.0 if law.scale == "log" else -math.inf, math.inf)
+    if not ((value_M > bottom) & (value_M < top)).all() and not force:
+        raise TooFar(
+            f"{law.form} gives {law.metric} = {value_M[~((value_M > bottom) & (value_M < top))][0]:.4g} {distance}: "
+            "it has left the range of the metric"
+        )
     forced = "" if law.certified and farthest <= FARTHEST_DECADES else " (forced)"
     return Projection(value_M, low_M, high_M, decades_M, f"Projection {distance}{forced}: no run was made here.")
 
@@ -155,6 +161,8 @@ def rollout(points: Points, axis: str, form: str, along: np.ndarray | None = Non
     along: sizes [N] to roll along that are no axis of the law, such as the compute of each run. The held-out rung is
     never seen. Fits that lack their certificate count where only points are lacking; others are listed as problems.
     """
+    if along is None and axis not in points.axes:
+        raise ValueError(f"axis: found {axis!r}, expected one of {', '.join(points.axes)}, or sizes to roll along")
     order_N = points.x[axis] if along is None else np.asarray(along, np.float64)
     kept = ~points.held_out_N
     seen, order_N = points.select(kept), order_N[kept]

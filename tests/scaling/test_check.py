@@ -323,6 +323,11 @@ def test_the_command_says_what_blocks(capsys):
     assert "33 finished runs" in text and "blocking: 2, 3, 4, 5, 6, 8, 10, 11" in text
 
 
+def test_the_command_names_too_few_draws(capsys):
+    assert check.main(["anywhere", "--draws", "10"]) == 2
+    assert capsys.readouterr().err == "error: --draws: found 10, expected at least 200\n"
+
+
 def test_the_command_names_a_missing_plan(tmp_path, capsys):
     assert check.main([str(tmp_path)]) == 2
     assert "study.yaml: found no such file" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 
 from recscale.scaling import report, report_tables
 from recscale.scaling.answers import headline
-from recscale.scaling.collect import collect
+from recscale.scaling.collect import Records, collect
 from recscale.scaling.law_file import load_law
 from tests.scaling import passing_study, reported_study
 from tests.scaling import synthetic_study as star
@@ -194,6 +194,24 @@ def test_bad_plan_is_one_clear_line(tmp_path, capsys):
     study = reported_study.write(tmp_path / "bad", plan=reported_study.PLAN.replace("falls", "sinks"))
     assert report.main([str(study)]) == 2
     assert re.fullmatch(r"error: .*study\.yaml: direction: .*\n", capsys.readouterr().err)
+
+
+def test_a_frozen_table_is_left_as_it_is(tmp_path):
+    table = tmp_path / "runs.csv"
+    table.write_bytes(b"run_id,empty\na,\n")
+    report._tables(tmp_path, Records([{"run_id": "a"}], []), table)
+    assert table.read_bytes() == b"run_id,empty\na,\n" and not (tmp_path / "excluded.csv").exists()
+    (tmp_path / "excluded.csv").write_text("run,status,reason\n")
+    (tmp_path / "out").mkdir()
+    report._tables(tmp_path / "out", Records([{"run_id": "a"}], []), table)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["excluded.csv", "runs.csv"]
+
+
+@pytest.mark.parametrize("content", ['{"a', "[1]", '{"history": "all"}'])
+def test_known_limits_that_cannot_be_read_name_their_file(tmp_path, content):
+    (tmp_path / report.FLOORS).write_text(content)
+    with pytest.raises(ValueError, match=r"floors\.json: expected an object of NAME: NUMBER"):
+        report._floors(str(tmp_path))
 
 
 def test_groups_get_their_own_laws_and_files(tmp_path, monkeypatch):

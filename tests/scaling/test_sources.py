@@ -300,3 +300,31 @@ def test_our_own_run_records_are_a_source_too(tmp_path):
     assert table.kind == "run records" and len(table.excluded) == 2
     points, left = points_of(table, Choice({"users": "users"}, "loss"))
     assert len(points) == len(table.rows) and len(left) == 2
+
+
+def test_a_run_without_a_name_is_told_and_one_without_a_trajectory_is_its_own(tmp_path):
+    rows = [(*row, "" if row[0] in ("r2", "r3") else "trunk") for row in GOOD]
+    path = csv_file(tmp_path / "runs.csv", rows, "run,params,tokens,loss,trunk")
+    points, _ = points_of(read_table(path), Choice({"params": "params", "tokens": "tokens"}, "loss", lineage="trunk"))
+    assert set(points.lineage_N) == {"trunk", "r2", "r3"}
+    unnamed = [("" if row[0] in ("r2", "r3") else row[0], *row[1:]) for row in GOOD]
+    told = ["line 4: run is empty, expected the name of the run", "line 5: run is empty, expected the name of the run"]
+    assert problems(csv_file(tmp_path / "runs.csv", unnamed)) == told
+
+
+def test_damaged_exports_of_trackers_name_their_file(tmp_path):
+    for name in ("steps", "bytes", "mlruns"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "steps" / "a.jsonl").write_text('{"_step": "one", "loss": 3}\n')
+    assert problems(tmp_path / "steps") == ["/a.jsonl:1: _step is 'one', expected a number"]
+    (tmp_path / "bytes" / "a.jsonl").write_bytes(b"\xff")
+    assert problems(tmp_path / "bytes") == ["/a.jsonl: not UTF-8 text (invalid start byte at byte 0)"]
+    (tmp_path / "mlruns" / "meta.yaml").write_text("run_id: r1\nstatus: [3]\n")
+    assert problems(tmp_path / "mlruns") == ["none of 1 runs has status = FINISHED"]
+
+
+def test_records_that_are_all_left_out_say_why(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "record.json").write_text("{")
+    (line,) = problems(tmp_path)
+    assert line.startswith("all 1 runs (run records) are left out, the first ")

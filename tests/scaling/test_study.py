@@ -108,15 +108,17 @@ def test_every_run_is_a_point_held_out_swept_or_excluded(tmp_path):
     rows[0]["cell.coordinates.history"] = 4
     del rows[4][passing_study.METRIC]
     rows[5]["seen.events"] = 0.0
+    rows[8][passing_study.METRIC] = float("nan")
     rows[6]["lineage"] = rows[7]["lineage"] = "trunk"
     spec, tables = passing_study.tables(tmp_path, rows, [Excluded("dead", "failed", "out of memory")])
     (group,) = tables.groups
     points = group.points
-    assert len(group.sweep) == 13 and points.held_out_N.sum() == 2 and len(points.fitted) == 42 - 3
+    assert len(group.sweep) == 13 and points.held_out_N.sum() == 2 and len(points.fitted) == 42 - 4
     assert len(points) + len(group.sweep) + len(group.excluded) == len(rows)
     reasons = {run.run: run.reason for run in tables.every_excluded}
     assert "declared beforehand: another question" in reasons[rows[0]["run_id"]]
     assert reasons[rows[4]["run_id"]] == f"no {passing_study.METRIC}"
+    assert reasons[rows[8]["run_id"]] == f"{passing_study.METRIC} is nan, expected a finite number"
     assert "axis data: seen.events is 0.0, expected a number above 0" in reasons[rows[5]["run_id"]]
     assert reasons["dead"] == "out of memory"
     assert points.run_N == tuple(row["run_id"] for row in group.rows)
@@ -185,6 +187,12 @@ def test_names_that_look_like_numbers_stay_names(tmp_path):
     write_csv([{"run_id": "1e5", "config_hash": "0012", "steps": 7, "flag": True}], tmp_path / "runs.csv")
     (row,) = read_runs(tmp_path, tmp_path / "runs.csv")[0].rows
     assert row == {"run_id": "1e5", "config_hash": "0012", "steps": 7, "flag": True}
+
+
+def test_a_cell_cut_short_stays_text(tmp_path):
+    (tmp_path / "runs.csv").write_text('run_id,curve,seen.events\na,"[1, 2]","[1, "\n')
+    (row,) = read_runs(tmp_path, tmp_path / "runs.csv")[0].rows
+    assert row == {"run_id": "a", "curve": [1, 2], "seen.events": "[1, "}
 
 
 @pytest.mark.parametrize("second", [{"run_id": "a"}, {"seed": 1}])
