@@ -197,7 +197,8 @@ def _verdict(law: Law, name: str, interval: tuple[float, float], bounded: bool) 
         return "not identified"
     entry = FORMS[law.form]
     if name != entry.limit:
-        return sure.verdict(law.params[name], interval, interval[0] <= 1.001e-5)
+        edges = (0.0101, 0.99e4) if name == "R*" else (1.001e-5, math.inf)
+        return sure.verdict(law.params[name], interval, interval[0] <= edges[0] or interval[1] >= edges[1])
     # A limit is known as well as what is left above it: 5.1 +- .1 says nothing .1 away.
     reached = float(law.curve(law.corner())[0])
     low, high = entry.limits

@@ -44,6 +44,8 @@ def power_line(
     z_N = np.log(x_N) - middle
     level = float(np.average(np.log(y_N), weights=weight_N))
     square = float((weight_N * z_N**2).sum())
+    if not square > 0:
+        raise ValueError("power line: all x are equal, expected at least two values")
     slope = float((weight_N * z_N * (np.log(y_N) - level)).sum() / square)
     left_N = np.log(y_N) - level - slope * z_N
     n = len(x_N)
@@ -82,7 +84,13 @@ def isoflop(
 ) -> IsoFlop:
     """Approach 2 on runs grouped by budget, as they are labelled: nothing is rounded into a bucket."""
     budget_N, size_N, loss_N = (np.asarray(values, np.float64) for values in (budget, size, loss))
-    profiles = tuple(_profile(float(b), size_N[budget_N == b], loss_N[budget_N == b]) for b in np.unique(budget_N))
+    if not (len(budget_N) == len(size_N) == len(loss_N) and (budget_N > 0).all() and (size_N > 0).all()):
+        raise ValueError("isoflop: expected as many budgets, sizes and losses, budgets and sizes above 0")
+    label_N = np.round(np.log(budget_N), 8)  # 6 N D of one budget differs in its last digits
+    profiles = tuple(
+        _profile(float(budget_N[label_N == b].mean()), size_N[label_N == b], loss_N[label_N == b])
+        for b in np.unique(label_N)
+    )
     used = [profile for profile in profiles if profile.used]
     line = power_line([p.budget for p in used], [p.best_size for p in used]) if len(used) > 1 else None
     return IsoFlop(profiles, line)
@@ -122,6 +130,8 @@ def envelope(
 ) -> Envelope:
     """Approach 1: points of all curves on the lower convex hull of ln loss against ln compute."""
     compute_N, size_N, loss_N = (np.asarray(values, np.float64) for values in (compute, size, loss))
+    if not ((compute_N > 0).all() and (size_N > 0).all() and (loss_N > 0).all()):
+        raise ValueError("envelope: expected compute, sizes and losses above 0")
     order = np.lexsort((loss_N, compute_N))
     hull: list[int] = []
     for index in order:
