@@ -145,7 +145,10 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("item", "rows", "word", "same"), BROKEN, ids=[f"{item}-{word[:24]}" for item, _, word, _ in BROKEN])
+NAMES = [f"{item}-{word[:24]}" for item, _, word, _ in BROKEN]
+
+
+@pytest.mark.parametrize(("item", "rows", "word", "same"), BROKEN, ids=NAMES)
 def test_each_item_is_found_where_it_is_broken(passing, tmp_path, item, rows, word, same):
     _, _, laws = passing
     spec, tables = study.tables(tmp_path / "made_up", rows())
