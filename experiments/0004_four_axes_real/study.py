@@ -82,6 +82,11 @@ def _rows() -> dict[str, dict[str, Any]]:
     return {row["cell"]: row for row in rows}
 
 
+def every_cell() -> list[str]:
+    """All cells of the plan, whatever logs are prepared."""
+    return list(_rows())
+
+
 def cells() -> list[str]:
     """The cells of every prepared log in the order of the plan: all groups grow together."""
     absent = [name for name, log in LOGS.items() if not log.path.is_dir()]

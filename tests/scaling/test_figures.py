@@ -69,7 +69,7 @@ def test_files_hold_what_is_drawn(tmp_path):
 
 
 def test_files_carry_units_title_and_stamp(tmp_path):
-    figure = figure_files._figure(diagram(), STAMP)
+    figure = figure_files.figure_of(diagram(), STAMP)
     (axes,) = figure.axes
     assert axes.get_xlabel() == "size (parameters, log scale)" and axes.get_ylabel() == "loss (nats)"
     assert STAMP in [text.get_text() for text in figure.texts] and figure.get_suptitle() == "A title"
