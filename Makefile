@@ -21,7 +21,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## four-axis scaling study on planted data; ends with report.html (under 10 minutes on 2 cores)
-	$(PY) -m launch.local experiments/0001_four_axes_planted
+	$(PY) -m launch.sweep experiments/0001_four_axes_planted --on=local
 
 test: $(READY) ## the whole quick suite (under 10 minutes on 2 cores)
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

@@ -28,6 +28,8 @@ from jax.sharding import NamedSharding
 
 from recscale.mesh import REPLICATED
 
+PATIENCE_SECONDS = 30 * 86400
+"""For a write. Orbax measures it by the clock of the machine, and a clock that jumps must not fail a save."""
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 _TABLES = ("tables.", "table_state.")  # arrays whose rows may be packed into wider ones: the same numbers in order
 Described = tuple[tuple[int, ...], str, int]  # shape, dtype, digest
@@ -48,6 +50,7 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            async_options=ocp.AsyncOptions(timeout_secs=PATIENCE_SECONDS),
             lightweight_initialize=True,  # else a damaged step metadata file already fails here
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}

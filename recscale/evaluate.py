@@ -14,7 +14,7 @@ items that it holds. On several hosts every process reads the whole view, and ea
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def evaluate(
     chunk: int = 256,
     slices: Mapping[str, np.ndarray] | None = None,
     nats_only: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Rank every target of the view; returns (rows, per_target).
 
@@ -67,7 +68,8 @@ def evaluate(
     loader: over this log and view, shuffle=False, with_example=True, window="last", process_count=1 on every process;
     its batch size a multiple of the mesh's devices. chunk: targets ranked at a time (fixed: only one shape is
     compiled); block: items scored at a time on each device. top_k: length of the lists behind `coverage@k`, for the k
-    of ks that are <= top_k; 0 leaves it out. nats_only: no ranking at all.
+    of ks that are <= top_k; 0 leaves it out. nats_only: no ranking at all. poll: called at every
+    chunk; may raise.
 
     rows: {step, split, slice, metric, value, stderr, n}; value and stderr are None where undefined (empty slice, n = 1,
     coverage has no stderr). slices: name -> bool mask over the view's examples [N], or over all its targets [T] in the
@@ -92,6 +94,7 @@ def evaluate(
     queries = functools.partial(_queries, model, arrays, mixers, tables=tables, task=task)
     collected, waiting = [], None
     for query_nD, example, row in _in_chunks(_targets(queries, tables, loader, log, view, chunk), chunk):
+        poll()
         seen = _seen(log, view, example, row, window) if "unseen" in protocols else None
         query_QD = np.zeros((chunk, query_nD.shape[1]), query_nD.dtype)
         query_QD[: len(row)] = query_nD
@@ -245,11 +248,18 @@ def _rows(per_target, lists, masks, num_items, ks, where) -> list[dict[str, Any]
     return rows
 
 
-def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final: bool = False):
+def evaluate_split(
+    run: Run,
+    state: dict[str, Any],
+    split: str,
+    step: int,
+    final: bool = False,
+    poll: Callable[[], None] = lambda: None,
+):
     """Evaluate a train state on a split of its run, as config.eval says; returns (rows, per_target) of `evaluate`.
 
-    final: with the top lists behind coverage and by slice (new users, new items, length of history). Raises ValueError
-    for a split the run does not have, NonFiniteScore where the state diverged.
+    final: with the top lists behind coverage and by slice (new users, new items, length of history). poll: as for
+    `evaluate`. Raises ValueError for a split the run does not have, NonFiniteScore where the state diverged.
     """
     if split not in run.views:
         raise ValueError(f"split {split!r}: this run has {tuple(run.views)}; see split and eval in the config")
@@ -282,6 +292,7 @@ def evaluate_split(run: Run, state: dict[str, Any], split: str, step: int, final
         top_k=c.top_k if final else 0,
         slices=_slices(run, view) if final else None,
         nats_only=not c.protocols,
+        poll=poll,
     )
 
 

@@ -152,22 +152,3 @@ def place_same(sharding: NamedSharding, value: np.ndarray) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(value, sharding)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def join_processes(coordinator: str, count: int, index: int) -> None:
-    """Make this process one of `count` that share a mesh; call before anything else of jax.
-
-    coordinator: "HOST:PORT" of process 0, "auto" to ask the cluster, "" for a single process. Raises ValueError for
-    numbers that do not fit.
-    """
-    if not coordinator:
-        if count != 1:
-            raise ValueError(f"--processes={count} needs --coordinator=HOST:PORT, the address of process 0")
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # has a meaning on CPU only
-    if coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    if not 0 <= index < count:
-        raise ValueError(f"--process={index}: expected 0 to {count - 1}, --processes={count} - 1")
-    jax.distributed.initialize(coordinator, count, index)

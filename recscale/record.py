@@ -92,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file}: not valid JSON ({error}); delete the folder and run the cell again") from error
+        raise ValueError(f"{file}: not valid JSON ({error}); run the cell again to write it anew") from error
     version = found["schema_version"] if isinstance(found, dict) and "schema_version" in found else "no schema_version"
     if version != SCHEMA_VERSION:
         raise ValueError(f"{file}: found {version}, expected a run record of schema version {SCHEMA_VERSION}")
@@ -102,12 +102,13 @@ def read(path: Path) -> dict[str, Any]:
 class Metrics:
     """metrics.jsonl of a run: append rows, flushed at once; opened at a step, later rows and final ones are cut off.
 
-    Every process keeps the rows, the first one writes them.
+    Every process keeps the rows, the first one writes them. measured: whether that step's evaluation is over.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, measured: bool = True):
         self.file = path / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step and "final" not in row]
+        kept = [row for row in kept if measured or row["step"] < step or "metric" not in row]
         self.rows = kept
         if is_writer():
             part = self.file.with_suffix(".partial")

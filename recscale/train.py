@@ -1,13 +1,16 @@
 """Train one model: python -m recscale.train --config=configs/hstu_ml1m.py --workdir=runs/hstu_ml1m --config.seed=1
 
 An existing workdir is resumed; a finished one is left alone. The workdir holds record.json, metrics.jsonl,
-checkpoints/, best/ (where the config selects a step), kept/ (states to branch from), per_target_SPLIT.npz and, at the
-end, DONE.
+events.jsonl, checkpoints/, best/ (where the config selects a step), kept/ (states to branch from), per_target_SPLIT.npz
+and, at the end, DONE or FAILED. Exit status: 0 done (diverged is a result too), 42 told to stop and saved: run it
+again, 75 another worker is on this workdir, else a failure, with one line.
 """
 
 import math
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +25,45 @@ from ml_collections import config_flags
 from recscale import branch, record
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLogError
+from recscale.distributed import abandon, join, leave
 from recscale.evaluate import NonFiniteScore, evaluate_split
-from recscale.mesh import join_processes, place_batch
+from recscale.events import process_origin
+from recscale.lease import Held
+from recscale.mesh import place_batch
+from recscale.preemption import EXIT_HELD, EXIT_RESTART, Preempted
 from recscale.program import abstract_state
-from recscale.run import build, collapse, costs, seen
+from recscale.run import Run, build, collapse, costs, seen
 from recscale.step import make_train_step
+from recscale.worker import Worker, finished, one_line, open_record
+
+UNMEASURED = "unmeasured"  # in a checkpoint: its step is still to be evaluated, and kept where it should be
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:  # noqa: C901 (one linear loop)
+def train(
+    config: ml_collections.ConfigDict, workdir: str | Path, mirrors: str = "", origin: float | None = None
+) -> dict[str, Any]:
     """Train to the end of the config's plan and return the record.
 
     Resumes from the workdir's newest checkpoint; the result is bit for bit that of an unbroken run. A non-finite loss,
-    or parameters that would give one, end the run with status "diverged". Raises ValueError where the workdir belongs
-    to another config, OSError where it cannot be written.
+    or parameters that would give one, end the run with status "diverged". mirrors: names of mirrors.MIRRORS, with
+    commas. origin: time.monotonic() when the process began. Raises Preempted where it was told to stop (saved, if there
+    was anything), Held where another worker is on the workdir, ValueError where that belongs to another config, OSError
+    where it cannot be written.
     """
     workdir = Path(workdir)
-    plain = config.to_dict()
-    book = _open_record(plain, workdir)
-    if book["status"] in ("ok", "diverged"):
+    if (book := finished(config.to_dict(), workdir)) is not None:
         print(f"{workdir}: finished before ({book['status']}); nothing to do", file=sys.stderr)
-        _mark_done(workdir, book)
         return book
+    with Worker(workdir, mirrors, origin) as worker:
+        return _train(config, open_record(config.to_dict(), workdir), worker)
+
+
+def _train(config: ml_collections.ConfigDict, book: dict[str, Any], worker: Worker) -> dict[str, Any]:  # noqa: C901
+    """One linear loop: all that `train` does once it has the lease of the workdir and an open record."""
+    workdir = worker.workdir
+    worker.started(book)
     book |= {"status": "running", "reason": ""}
     record.write(workdir, book)
-    started = time.time()
     run = build(config)
     book |= branch.facts(run) | costs(run, run.steps) | {"seen": seen(run, run.steps), "steps": run.steps}
     record.write(workdir, book)
@@ -55,53 +73,80 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints, Checkpoints(workdir / "best", keep=1) as best:
         if (newest := checkpoints.restore_newest(abstract_state(run))) is None:
             state, start = branch.first_state(run)
+            measured = True
         else:
             _, state, data = newest
-            start = data["next_index"]
+            start, measured = data["next_index"], UNMEASURED not in data
             print(f"{workdir}: resumed at step {start}", file=sys.stderr)
-        metrics = record.Metrics(workdir, start)
-        started -= metrics.seconds()
+        metrics = record.Metrics(workdir, start, measured)
         batches = run.loader.iterator(start)
         events_per_step = run.loader.real_tokens / run.loader.num_rows * config.loader.batch_size
-        progress = Progress(run.steps, start, events_per_step, started)
+        progress = Progress(run.steps, start, events_per_step, metrics.seconds(), worker)
         status, reason, waiting = "ok", "", None
         stop = out_of_patience(metrics.rows, config, start)
 
+        def write(row: dict[str, Any]) -> None:
+            metrics.append(row)
+            worker.log(row)
+
+        def measure(step: int) -> tuple[str, str]:
+            """Evaluate, and select or keep the state: what is due at this step besides a checkpoint."""
+            if c.eval_every and (step == run.steps or step % c.eval_every == 0):
+                try:
+                    rows = _evaluated(run, state, config.eval.during, step, worker)[0]
+                except NonFiniteScore as error:
+                    return "diverged", f"step {step}: {error}"
+                for row in rows:
+                    write(row)
+                if selected(metrics.rows, config) == step:
+                    best.save(step, state, {"next_index": step})
+                    best.wait()  # a run resumed at this step must find it
+            if step in c.keep_steps:
+                branch.keep(run, workdir, step, state)
+            return "ok", ""
+
+        def save(step: int, **data: int) -> None:
+            began = worker.events.clock()
+            checkpoints.save(step, state, {"next_index": step} | data)
+            worker.events.add("save", step=step, seconds=round(worker.events.clock() - began, 3))
+
+        worker.ready(start)
+        if not measured:  # the run was told to stop while it measured this step
+            status, reason = measure(start)
+            stop = out_of_patience(metrics.rows, config, start)
         for step in range(start + 1, run.steps + 1):
-            if stop:
+            if stop or status != "ok":
                 break
             state, values = train_step(state, place_batch(run.mesh, next(batches)))
+            leaving = worker.leaving()
             if waiting is not None:  # the metrics of the step before are read while this one runs
-                status, reason = _read(waiting, metrics, progress, c.log_every)
+                status, reason = _read(waiting, write, progress, c.log_every)
             waiting = (step, values)
             last = step == run.steps
-            evaluating = c.eval_every and (last or step % c.eval_every == 0)
-            keeping = step in c.keep_steps
-            if evaluating or last or keeping or (c.checkpoint_every and step % c.checkpoint_every == 0):
+            due = step in c.keep_steps or any(
+                every and step % every == 0 for every in (c.eval_every, c.checkpoint_every)
+            )
+            if last or due or leaving:
                 if status == "ok":
-                    status, reason = _read(waiting, metrics, progress, c.log_every)
+                    status, reason = _read(waiting, write, progress, c.log_every)
                 if status == "ok" and not parameters_finite(state):  # the loss is of the parameters before this step
                     status, reason = "diverged", f"parameters after step {step} are not finite or beyond 1e19"
                 waiting = None
             if status != "ok":
                 break
-            if evaluating:
+            if leaving and (last or due):
+                save(step, **{UNMEASURED: 1})
+            elif last or due:
                 try:
-                    rows, _ = evaluate_split(run, state, config.eval.during, step)
-                except NonFiniteScore as error:
-                    status, reason = "diverged", f"step {step}: {error}"
-                    break
-                for row in rows:
-                    metrics.append(row)
-                chosen = selected(metrics.rows, config)
-                if chosen == step:
-                    best.save(step, state, {"next_index": step})
-                    best.wait()  # a run resumed at this step must find it
+                    status, reason = measure(step)
+                except Preempted:
+                    save(step, **{UNMEASURED: 1})
+                    raise
                 stop = out_of_patience(metrics.rows, config, step)
-            if keeping:
-                branch.keep(run, workdir, step, state)
-            if waiting is None:
-                checkpoints.save(step, state, {"next_index": step})
+            if waiting is None and status == "ok":
+                save(step)
+            if leaving:
+                raise Preempted(f"{workdir}: told to stop; saved at step {step}")
 
         step = int(state["step"])
         if status == "ok":
@@ -109,9 +154,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             if chosen is not None:
                 state, _ = best.restore(chosen, state)
             for split in config.eval.final:
-                rows, per_target = evaluate_split(run, state, split, chosen or step, final=True)
+                rows, per_target = _evaluated(run, state, split, chosen or step, worker, final=True)
                 for row in rows:
-                    metrics.append(row | {"final": True})
+                    write(row | {"final": True})
                 if record.is_writer():
                     np.savez(workdir / f"per_target_{split}.npz", allow_pickle=False, **per_target)
             book["selected_step"] = chosen or step
@@ -124,27 +169,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         book["table"] |= {"extra_rounds": extra_rounds, "lost_rows": lost_rows}
         if status == "ok":
             book["table"]["information_abundance"] = collapse(run, state)
-        wall = time.time() - started
+        wall = progress.elapsed()
         book["seconds"] = {"wall": wall, "device": wall * run.mesh.size}
         record.write(workdir, book)
-    _mark_done(workdir, book)
+    worker.done(book)
     return book
 
 
-def _mark_done(workdir: Path, book: dict[str, Any]) -> None:
-    """DONE is written last: whoever sees it knows that the record is complete."""
-    if record.is_writer():
-        (workdir / "DONE").write_text(book["status"] + "\n")
-
-
-def _mark_failed(workdir: Path, config: ml_collections.ConfigDict, error: Exception) -> None:
-    """Note the failure in the run's own record, if it has one; the same command goes on from its last checkpoint."""
-    try:
-        book = record.read(workdir)
-        if book["status"] == "running" and book["config_hash"] == record.config_hash(config.to_dict()):
-            record.write(workdir, book | {"status": "failed", "reason": one_line(error)})
-    except (OSError, ValueError):
-        pass  # no record, a broken one, or no room for it: the error that is being reported says more
+def _evaluated(run: Run, state: dict[str, Any], split: str, step: int, worker: Worker, final: bool = False):
+    began = worker.events.clock()
+    found = evaluate_split(run, state, split, step, final, worker.poll)
+    worker.events.add("evaluation", step=step, split=split, seconds=round(worker.events.clock() - began, 3))
+    return found
 
 
 def selected(rows: list[dict[str, Any]], config: ml_collections.ConfigDict) -> int | None:
@@ -179,21 +215,7 @@ def parameters_finite(state: dict[str, Any]) -> bool:
     return math.isfinite(_norm([x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]))
 
 
-def _open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    workdir.mkdir(parents=True, exist_ok=True)
-    fresh = record.new(config)
-    if not (workdir / "record.json").exists():
-        return fresh
-    book = record.read(workdir)
-    if book["config_hash"] != fresh["config_hash"]:
-        raise ValueError(
-            f"{workdir}: holds a run of another config ({book['config_hash']}, this one is {fresh['config_hash']}). "
-            "Choose another --workdir, or delete this one."
-        )
-    return book
-
-
-def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, progress: "Progress", log_every: int):
+def _read(waiting: tuple[int, dict[str, jax.Array]], write: Callable, progress: "Progress", log_every: int):
     step, values = waiting
     loss = float(values["loss"])
     finite = math.isfinite(loss)
@@ -203,7 +225,7 @@ def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, pr
             "ids of a batch. Use fewer devices, or a table kind that hashes the ids"
         )
     if (log_every and step % log_every == 0) or not finite:  # JSON has no NaN
-        metrics.append({"step": step, "loss": loss if finite else None, "seconds": round(progress.elapsed(), 3)})
+        write({"step": step, "loss": loss if finite else None, "seconds": round(progress.elapsed(), 3)})
     progress.show(step, loss)
     if finite:
         return "ok", ""
@@ -211,24 +233,31 @@ def _read(waiting: tuple[int, dict[str, jax.Array]], metrics: record.Metrics, pr
 
 
 class Progress:
-    """One line about the run on stderr: rewritten on a terminal, every ten seconds in a pipe."""
+    """How far the run is: a line on stderr, rewritten on a terminal, every ten seconds in a pipe; rows of events.jsonl.
 
-    def __init__(self, steps: int, start: int, events_per_step: float, began: float):
+    spent: seconds that the run had taken before this attempt.
+    """
+
+    def __init__(self, steps: int, start: int, events_per_step: float, spent: float, worker: Worker):
         self.steps, self.start, self.events_per_step = steps, start, events_per_step
-        self.began, self.shown = began, time.time()
+        self.worker, self.shown = worker, time.monotonic()
+        self.began = self.shown - spent
         self.first: float | None = None
 
     def elapsed(self) -> float:
-        return time.time() - self.began
+        """Seconds of the run so far, restarts left out."""
+        return time.monotonic() - self.began
 
     def show(self, step: int, loss: float) -> None:
-        now = time.time()
+        now = time.monotonic()
         if self.first is None:  # the first step compiles: speed is counted from its end
             self.first, self.start = now, step
+            self.worker.events.add("compiled", step=step)
+        rate = (step - self.start) / max(now - self.first, 1e-9)
+        self.worker.alive(step, self.steps, loss, rate * self.events_per_step)
         if now - self.shown < (0.5 if sys.stderr.isatty() else 10.0) and step != self.steps:
             return
         self.shown = now
-        rate = (step - self.start) / max(now - self.first, 1e-9)
         left = (self.steps - step) / rate if rate else float("nan")
         line = (
             f"step {step}/{self.steps}  {rate * self.events_per_step:,.0f} events/s  loss {loss:.4f}  ETA {left:.0f}s"
@@ -236,29 +265,36 @@ class Progress:
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
-def one_line(error: Exception) -> str:
-    """What the command line says of an error; KeyError would print its message quoted."""
-    return "error: " + " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-
-
 def main(_: list[str]) -> None:
-    """Command line of the module docstring; one line and a non-zero exit status on a bad config, log or workdir."""
+    """Command line of the module docstring; one line and an exit status of preemption.py where it does not end well."""
     logging.set_verbosity(logging.WARNING)
-    workdir = Path(str(_WORKDIR.value))
     try:
-        join_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        book = train(_CONFIG.value, workdir)
-    except Exception as error:
-        _mark_failed(workdir, _CONFIG.value, error)
-        if isinstance(error, (EventLogError, ValueError, TypeError, OSError)):
-            sys.exit(one_line(error))
+        join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, run=str(_WORKDIR.value))
+        book = train(_CONFIG.value, str(_WORKDIR.value), _MIRROR.value, process_origin())
+    except (Preempted, Held) as error:
+        print(error, file=sys.stderr)
+        leave()
+        sys.exit(EXIT_RESTART if isinstance(error, Preempted) else EXIT_HELD)
+    except (EventLogError, ValueError, TypeError, OSError) as error:
+        _leave_the_others(one_line(error))
+        sys.exit(one_line(error))
+    except Exception:
+        _leave_the_others(traceback.format_exc())
         raise
     for row in book["evaluations"]:
         print(
             f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}"
         )
     if book["status"] != "ok":
-        sys.exit(f"{book['status']}: {book['reason']}")
+        print(f"{book['status']}: {book['reason']}", file=sys.stderr)
+    leave()
+
+
+def _leave_the_others(text: str) -> None:
+    """Of several processes, one that failed says why and ends at once: the others must not wait for it."""
+    if jax.distributed.is_initialized():
+        print(text, file=sys.stderr)
+        abandon(1)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -274,9 +310,8 @@ if __name__ == "__main__":
         "config", None, "Config file, e.g. configs/hstu_ml1m.py", lock_config=True
     )
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; an existing one is resumed")
-    _COORDINATOR = flags.DEFINE_string(
-        "coordinator", "", "HOST:PORT of process 0 of several; 'auto' asks the cluster (TPU pods, SLURM, Kubernetes)"
-    )
+    _MIRROR = flags.DEFINE_string("mirror", "", "Where to show the metrics too: tensorboard, wandb, trackio; commas")
+    _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 of several; '': see distributed.py")
     _PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes there are")
     _PROCESS = flags.DEFINE_integer("process", 0, "Number of this one, from 0")
     flags.mark_flags_as_required(["config", "workdir"])

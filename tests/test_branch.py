@@ -12,7 +12,8 @@ from recscale import record, train
 from recscale.branch import branches, phases_of
 from recscale.run import build
 from recscale.scaling.collect import collect
-from tests.test_train import Killed, final_arrays, measured
+from tests.same_run import final_arrays, measured
+from tests.test_train import Killed
 from tests.tiny_run import SAMPLED, make_log, tiny
 
 TRUNK_EPOCHS, EPOCHS, FORK = 3.7, 2.22, 24  # 50 steps, cooling from 40 on, and 30, cooling from 24 on

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from launch.local import load
+from launch.study import load
 from recscale.mesh import place_batch
 from recscale.program import check_config, program
 from recscale.run import build, init_state

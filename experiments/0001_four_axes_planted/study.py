@@ -1,6 +1,6 @@
 """Four scaling axes on planted data, where the floor is known. Question, prediction and verdict: README.md beside.
 
-python -m launch.local experiments/0001_four_axes_planted
+python -m launch.sweep experiments/0001_four_axes_planted --on=local
 python -m recscale.train --config=experiments/0001_four_axes_planted/study.py:users-1000-s0 --workdir=DIR
 """
 

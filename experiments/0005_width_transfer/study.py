@@ -1,6 +1,6 @@
 """Where is the best learning rate of an encoder that is 8 times wider? README.md has prediction and verdict.
 
-    python -m launch.local experiments/0005_width_transfer
+    python -m launch.sweep experiments/0005_width_transfer --on=local
 
 Each cell is one pass over planted data with one learning rate of the encoder; that of the tables is never changed.
 """

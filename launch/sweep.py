@@ -1,0 +1,164 @@
+"""Run a study anywhere: python -m launch.sweep STUDY --on=local|slurm|gke|tpu_vm [plan|submit|status|retry|cancel]
+
+plan shows the cells, their size and cost, and what is done. submit (the default) prepares the data and starts what is
+missing. status is a live table; in a pipe it is printed once. retry takes the failed cells too. cancel tells what runs
+to save and leave. prepare only makes the data, report only writes the report. Whatever dies, the same command goes on:
+a cell is done when its folder says so.
+
+    python -m launch.sweep experiments/0001_four_axes_planted --on=local --set jobs=2
+    python -m launch.sweep experiments/0001_four_axes_planted --on=slurm --place=my_cluster.yaml --dry-run
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from launch import cell_state, forecast, gke, local, manifest, slurm, status, study, tpu_vm
+from launch.study import Job, Study
+from recscale.lease import Held
+from recscale.preemption import EXIT_HELD
+
+PLACES: dict[str, ModuleType] = {"local": local, "slurm": slurm, "gke": gke, "tpu_vm": tpu_vm}
+FORECAST = ("flops_per_second", "price")  # settings of `plan`, in any place
+
+
+def settings_of(place: ModuleType, file: Path | None, changes: Sequence[str]) -> tuple[Any, dict[str, float]]:
+    """The Settings of a place, from a YAML file and then KEY=VALUE, and those of the forecast.
+
+    Raises ValueError in one line for a key that the place does not have or a value that does not fit.
+    """
+    found: dict[str, Any] = {}
+    if file is not None:
+        loaded = yaml.safe_load(file.read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{file}: expected KEY: VALUE lines")
+        found |= loaded
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change}: expected KEY=VALUE")
+        found[key] = yaml.safe_load(value)
+    costs = {key: float(found.pop(key)) for key in FORECAST if key in found}
+    fields = {field.name: field for field in dataclasses.fields(place.Settings)}
+    if wrong := sorted(found.keys() - fields.keys()):
+        raise ValueError(f"{place.__name__}: no setting {', '.join(wrong)}; it has {', '.join([*fields, *FORECAST])}")
+    values = {key: _as(fields[key].default, key, value) for key, value in found.items()}
+    return place.Settings(**values), costs
+
+
+def _as(default: Any, key: str, value: Any) -> Any:
+    """A value of the type of the setting's default: YAML reads 02:00:00 as a number, and 1 for 1.0."""
+    if isinstance(default, tuple):
+        return tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    if isinstance(default, str) and not isinstance(value, str):
+        return "" if value is None else str(value)
+    if default is not dataclasses.MISSING and default is not None and not isinstance(value, type(default)):
+        raise ValueError(f"{key}={value!r}: expected a value like {default!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a verb works on. costs: the settings of the forecast."""
+
+    study: Study
+    place: ModuleType
+    settings: Any
+    costs: dict[str, float]
+    dry_run: bool
+
+    def open_jobs(self) -> list[Job]:
+        return [job for job in self.study.jobs() if not cell_state.finished(Path(job.workdir))]
+
+
+def plan(order: Order) -> None:
+    """Print what would run and what it costs."""
+    print(forecast.table(forecast.forecast(order.study, **order.costs), order.costs.get("price", 0.0)))
+
+
+def prepare(order: Order) -> None:
+    """Make the data of the study. Of several processes that come here one works, and the others wait for it."""
+    order.study.prepare()
+
+
+def submit(order: Order) -> None:
+    """Start what is missing. A failed cell stays as it is, for `retry`."""
+    _send(order, [job for job in order.open_jobs() if cell_state.of(Path(job.workdir)).name != cell_state.FAILED])
+
+
+def retry(order: Order) -> None:
+    """Start what is missing, the failed cells among it."""
+    _send(order, order.open_jobs())
+
+
+def show(order: Order) -> None:
+    """Print the table of all cells."""
+    jobs = order.study.jobs()
+    status.show(jobs, lambda: order.place.where(jobs, order.study.out, order.settings), sys.stdout.isatty())
+
+
+def cancel(order: Order) -> None:
+    """Tell what runs to save and leave, and take back what waits."""
+    order.place.cancel(order.open_jobs(), order.study.out, order.settings, order.dry_run)
+
+
+def report(order: Order) -> None:
+    """Write the report of what is there."""
+    print(f"report: {order.study.report().resolve()}")
+
+
+VERBS = {f.__name__.replace("show", "status"): f for f in (plan, prepare, submit, show, retry, cancel, report)}
+
+
+def _send(order: Order, missing: list[Job]) -> None:
+    jobs, still_open, out = order.study.jobs(), order.open_jobs(), order.study.out
+    if len(still_open) < len(jobs):
+        print(f"{len(jobs) - len(still_open)} of {len(jobs)} cells are done")
+    if len(missing) < len(still_open):
+        failed = len(still_open) - len(missing)
+        print(f"{failed} cells have failed: `status` says why, `retry` takes them again")
+    if missing:
+        if not order.dry_run:
+            out.mkdir(parents=True, exist_ok=True)
+            if order.place.HERE:
+                order.study.prepare()
+            manifest.write(out, jobs)
+        order.place.submit(missing, out, order.settings, order.dry_run)
+    if not order.dry_run and not order.open_jobs():
+        report(order)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of the module docstring; one line and a non-zero exit status for what cannot be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="folder with a study.py")
+    parser.add_argument("verb", nargs="?", default="submit", choices=VERBS, help="default: submit")
+    parser.add_argument("--on", default="local", choices=PLACES, help="where it runs (default: local)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go (default: runs)")
+    parser.add_argument("--place", type=Path, help="YAML file with settings of the place")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a setting of the place"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print exactly what would be sent, and send nothing")
+    chosen = parser.parse_args(arguments)
+    place = PLACES[chosen.on]
+    try:
+        settings, costs = settings_of(place, chosen.place, chosen.set)
+        VERBS[chosen.verb](Order(study.load(chosen.study, chosen.runs), place, settings, costs, chosen.dry_run))
+    except Held as error:
+        print(f"{error}: another submission of this study; `status` shows what runs", file=sys.stderr)
+        sys.exit(EXIT_HELD)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
