@@ -74,6 +74,7 @@ class Order:
     settings: Any
     costs: dict[str, float]
     dry_run: bool
+    watch: bool
 
     def open_jobs(self) -> list[Job]:
         return [job for job in self.study.jobs() if not cell_state.finished(Path(job.workdir))]
@@ -132,6 +133,9 @@ def _send(order: Order, missing: list[Job]) -> None:
                 order.study.prepare()
             manifest.write(out, jobs)
         order.place.submit(missing, out, order.settings, order.dry_run)
+        if order.watch and not order.dry_run:
+            ends = order.place.watch(missing, out, order.settings)
+            print("\n".join(f"{cell}: {end}" for cell, end in ends.items()))
     if not order.dry_run and not order.open_jobs():
         report(order)
 
@@ -148,11 +152,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a setting of the place"
     )
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would be sent, and send nothing")
+    parser.add_argument("--watch", action="store_true", help="tpu_vm: stay, and re-create what is preempted")
     chosen = parser.parse_args(arguments)
     place = PLACES[chosen.on]
+    if chosen.watch and not hasattr(place, "watch"):
+        parser.error(f"--watch: {chosen.on} starts again by itself what is preempted")
     try:
         settings, costs = settings_of(place, chosen.place, chosen.set)
-        VERBS[chosen.verb](Order(study.load(chosen.study, chosen.runs), place, settings, costs, chosen.dry_run))
+        VERBS[chosen.verb](
+            Order(study.load(chosen.study, chosen.runs), place, settings, costs, chosen.dry_run, chosen.watch)
+        )
     except Held as error:
         print(f"{error}: another submission of this study; `status` shows what runs", file=sys.stderr)
         sys.exit(EXIT_HELD)

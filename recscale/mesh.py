@@ -40,6 +40,12 @@ def make_mesh(replica: int, data: int, model: int, devices: Any = None) -> Mesh:
             f"mesh {replica}x{data}x{model} (replica, data, model) needs {size} devices, {len(here)} are here: "
             "change mesh.replica, mesh.data or mesh.model"
         )
+    idle = {device.process_index for device in here} - {device.process_index for device in here[:size]}
+    if devices is None and idle:
+        raise ValueError(
+            f"mesh {replica}x{data}x{model} (replica, data, model) has {size} of {len(here)} devices, none of process "
+            f"{min(idle)}: let it take all of them, or start fewer processes"
+        )
     if here[0].platform == "tpu" and size > 1:  # neighbours of the mesh should be neighbours of the torus
         grid = mesh_utils.create_device_mesh(shape, here[:size], allow_split_physical_axes=True)
     else:

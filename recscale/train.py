@@ -34,7 +34,7 @@ from recscale.preemption import EXIT_HELD, EXIT_RESTART, Preempted
 from recscale.program import abstract_state
 from recscale.run import Run, build, collapse, costs, seen
 from recscale.step import make_train_step
-from recscale.worker import Worker, finished, one_line, open_record
+from recscale.worker import Worker, finished, one_line, open_record, peer_lost
 
 UNMEASURED = "unmeasured"  # in a checkpoint: its step is still to be evaluated, and kept where it should be
 
@@ -99,9 +99,11 @@ def _train(config: ml_collections.ConfigDict, book: dict[str, Any], worker: Work
                 for row in rows:
                     write(row)
                 if selected(metrics.rows, config) == step:
+                    checkpoints.wait()  # on several processes Orbax cannot finish two saves at a time
                     best.save(step, state, {"next_index": step})
                     best.wait()  # a run resumed at this step must find it
             if step in c.keep_steps:
+                checkpoints.wait()
                 branch.keep(run, workdir, step, state)
             return "ok", ""
 
@@ -258,10 +260,9 @@ class Progress:
         if now - self.shown < (0.5 if sys.stderr.isatty() else 10.0) and step != self.steps:
             return
         self.shown = now
-        left = (self.steps - step) / rate if rate else float("nan")
-        line = (
-            f"step {step}/{self.steps}  {rate * self.events_per_step:,.0f} events/s  loss {loss:.4f}  ETA {left:.0f}s"
-        )
+        speed = f"{rate * self.events_per_step:,.0f} events/s" if rate else "compiled"
+        left = f"  ETA {(self.steps - step) / rate:.0f}s" if rate else ""
+        line = f"step {step}/{self.steps}  {speed}  loss {loss:.4f}{left}"
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
@@ -275,12 +276,16 @@ def main(_: list[str]) -> None:
         print(error, file=sys.stderr)
         leave()
         sys.exit(EXIT_RESTART if isinstance(error, Preempted) else EXIT_HELD)
-    except (EventLogError, ValueError, TypeError, OSError) as error:
-        _leave_the_others(one_line(error))
-        sys.exit(one_line(error))
-    except Exception:
-        _leave_the_others(traceback.format_exc())
-        raise
+    except Exception as error:
+        if peer_lost(error):
+            print("another process of this run has ended: all must be started again", file=sys.stderr)
+            abandon(EXIT_RESTART)
+        expected = isinstance(error, EventLogError | ValueError | TypeError | OSError)
+        text = one_line(error) if expected else traceback.format_exc()
+        if jax.distributed.is_initialized():  # the others must not wait for this one
+            print(text, file=sys.stderr)
+            abandon(1)
+        sys.exit(text)
     for row in book["evaluations"]:
         print(
             f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}"
@@ -288,13 +293,6 @@ def main(_: list[str]) -> None:
     if book["status"] != "ok":
         print(f"{book['status']}: {book['reason']}", file=sys.stderr)
     leave()
-
-
-def _leave_the_others(text: str) -> None:
-    """Of several processes, one that failed says why and ends at once: the others must not wait for it."""
-    if jax.distributed.is_initialized():
-        print(text, file=sys.stderr)
-        abandon(1)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ from recscale.mirrors import Mirrors, open_mirrors
 from recscale.preemption import Guard, Preempted
 
 ALIVE_SECONDS = 5.0
+PEER_WORDS = ("Gloo", "NCCL", "Connection reset", "Connection closed", "coordination service", "heartbeat")
 FINISHED = ("ok", "diverged")
 """Status of a record that is complete: diverged runs are results too."""
 
@@ -61,7 +62,7 @@ class Worker:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Preempted):
             self.events.add("preempted", step=self.step)
-        elif isinstance(error, Exception) and not isinstance(error, Held):
+        elif isinstance(error, Exception) and not isinstance(error, Held) and not peer_lost(error):
             self.fail(error)
         if self.mirrors is not None:
             self.mirrors.close()
@@ -118,9 +119,10 @@ class Worker:
         mark_done(self.workdir, book)
 
     def fail(self, error: Exception) -> None:
-        """Note the failure beside the run and in its record; the same command goes on from its last checkpoint."""
-        if not record.is_writer():
-            return
+        """Note the failure beside the run and in its record; the same command goes on from its last checkpoint.
+
+        Any process may fail, so each writes FAILED.
+        """
         reason = one_line(error)
         self.events.add("failed", step=self.step, reason=reason)
         with contextlib.suppress(OSError, ValueError):  # no room for it: the error that is being reported says more
@@ -172,6 +174,15 @@ def mark_done(workdir: Path, book: dict[str, Any]) -> None:
     """Write WORKDIR/DONE, which holds the status of the record."""
     if record.is_writer():
         (workdir / "DONE").write_text(book["status"] + "\n")
+
+
+def peer_lost(error: BaseException | None) -> bool:
+    """Whether this process failed only because another one of its run ended: it has no failure of its own to report."""
+    while jax.distributed.is_initialized() and error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in PEER_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""Twenty-four tiny cells for the launcher's tests: CHAOS_LOG names the log, CHAOS_CELLS how many of them there are."""
+"""Twenty-four tiny cells for the launcher's tests.
+
+CHAOS_LOG names the log, CHAOS_CELLS how many of them there are, CHAOS_DEVICES over how many devices each is spread.
+"""
 
 import os
 from pathlib import Path
@@ -19,6 +22,7 @@ def cells() -> list[str]:
 def get_config(cell: str) -> ConfigDict:
     rate, seed = cell.removeprefix("rate-").split("-s")
     config = tiny("hstu", LOG, optim__learning_rate=1e-3 * 2 ** (int(rate) / 2), **PLAN, **SAMPLED).unlock()
+    config.mesh.data = int(os.environ.get("CHAOS_DEVICES", "1"))
     config.study, config.cell.name, config.seed = "study", cell, int(seed)
     return config.lock()
 
