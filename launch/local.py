@@ -8,14 +8,14 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch import cell_state
+from launch.local_workers import Settings, Worker, exit_code, start, tell
 from launch.study import Job
 from recscale.lease import Lease, holder
 from recscale.preemption import EXIT_HELD, EXIT_RESTART
@@ -24,46 +24,6 @@ HERE = True  # cells run on this file system: what they need is prepared here
 POLL_SECONDS = 0.1
 STUCK = 3
 """A worker that is killed so often without a step of progress has failed: killed for its memory, mostly."""
-PARTNER_SECONDS = 15.0  # what the other processes of a cell get to end by themselves once one has failed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """jobs: cells at a time, 0 one per core. processes: of a cell, joined to one run. devices: virtual CPU devices of
-    each process, 0 as the machine has. memory_gb: needed by a cell, bounds how many run at a time; 0 unbounded.
-    max_restarts: of a cell, per submission. grace_seconds: for saving after Ctrl-C. gpus: of this machine, divided
-    among the cells."""
-
-    jobs: int = 0
-    processes: int = 1
-    devices: int = 0
-    memory_gb: float = 0.0
-    max_restarts: int = 20
-    grace_seconds: float = 60.0
-    gpus: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("jobs", 0), ("processes", 1), ("devices", 0), ("memory_gb", 0), ("max_restarts", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
-        if self.memory_gb > memory_gb():
-            raise ValueError(f"memory_gb={self.memory_gb}: this machine has {memory_gb():.1f}")
-
-    def at_a_time(self) -> int:
-        """How many cells run at a time."""
-        most = self.jobs or len(_cores())
-        return min(most, int(memory_gb() / self.memory_gb)) if self.memory_gb else most
-
-
-@dataclass
-class Worker:
-    """The processes of one cell."""
-
-    job: Job
-    slot: int
-    processes: list[subprocess.Popen[bytes]]
-    began: float
-    failed_at: float | None = None
 
 
 @dataclass
@@ -117,7 +77,7 @@ class _Queue:
         self.waiting, self.total, self.outcome = jobs, len(jobs), Outcome()
         self.running: dict[int, Worker] = {}
         self.slots = settings.at_a_time()
-        self.began, self.done = time.monotonic(), 0
+        self.began, self.done, self.shown = time.monotonic(), 0, 0.0
 
     def run(self) -> None:
         former = signal.signal(signal.SIGTERM, _stop)
@@ -126,7 +86,7 @@ class _Queue:
                 self._start_what_may()
                 time.sleep(POLL_SECONDS)
                 for worker in list(self.running.values()):
-                    if (code := _exit_code(worker)) is not None:
+                    if (code := exit_code(worker)) is not None:
                         del self.running[worker.slot]
                         self._ended(worker, code)
                 _show_line(self)
@@ -136,7 +96,7 @@ class _Queue:
         finally:
             signal.signal(signal.SIGTERM, former)
             for worker in self.running.values():  # after an error of this loop's own
-                _signal(worker, signal.SIGTERM)
+                tell(worker, signal.SIGTERM)
         if self.outcome.failed:
             sys.exit(
                 f"{len(self.outcome.failed)} cells failed: {', '.join(self.outcome.failed)}; `retry` takes them again"
@@ -153,7 +113,7 @@ class _Queue:
             if cell_state.finished(Path(job.workdir)):  # by a worker that an earlier submission had left
                 self._report(job, "done", 0.0)
                 continue
-            self.running[slot] = _start(job, slot, self.folder, self.settings, self.slots)
+            self.running[slot] = start(job, slot, self.folder, self.settings, self.slots)
 
     def _may_start(self, job: Job) -> bool:
         """Not while another worker is on it, nor before its trunk has ended, unless that has failed."""
@@ -211,7 +171,7 @@ class _Queue:
         """Let the workers save; kill what is still there after the grace period, or at a second Ctrl-C."""
         self.say(f"stopping: {len(self.running)} cells save (at most {self.settings.grace_seconds:.0f}s)")
         for worker in self.running.values():
-            _signal(worker, signal.SIGTERM)
+            tell(worker, signal.SIGTERM)
         deadline = time.monotonic() + self.settings.grace_seconds
         with contextlib.suppress(KeyboardInterrupt):
             while time.monotonic() < deadline and any(
@@ -219,80 +179,8 @@ class _Queue:
             ):
                 time.sleep(POLL_SECONDS)
         for worker in self.running.values():
-            _signal(worker, signal.SIGKILL)
+            tell(worker, signal.SIGKILL)
         self.running = {}
-
-
-def _start(job: Job, slot: int, folder: Path, settings: Settings, slots: int) -> Worker:
-    """Start the processes of a cell; their output goes to WORKDIR/log."""
-    workdir = Path(job.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "FAILED").unlink(missing_ok=True)
-    mine = set(_cores()[slot::slots]) or set(_cores())
-    environment = os.environ | environment_of(folder, len(mine), slot, slots, settings)
-    address = f"127.0.0.1:{_free_port()}" if settings.processes > 1 else ""
-    processes = []
-    for index in range(settings.processes):
-        joint = {"RECSCALE_COORD": address, "RECSCALE_NPROC": str(settings.processes), "RECSCALE_PROC": str(index)}
-        with (workdir / "log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, *job.argv],
-                env=environment | (joint if address else {}),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for this process, which tells its workers
-            )
-        if hasattr(os, "sched_setaffinity"):  # before jax counts the cores to size its thread pools
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(process.pid, mine)
-        processes.append(process)
-    return Worker(job, slot, processes, time.monotonic())
-
-
-def environment_of(folder: Path, cores: int, slot: int, slots: int, settings: Settings) -> Mapping[str, str]:
-    """What a worker's environment has beyond this one's: the shared compilation cache, its share of the machine."""
-    found = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "OMP_NUM_THREADS": str(cores),
-    }
-    if settings.devices:
-        found["JAX_NUM_CPU_DEVICES"] = str(settings.devices)
-    if settings.gpus:
-        mine = list(range(settings.gpus))[slot % settings.gpus :: slots] or [slot % settings.gpus]
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
-        found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / -(-slots // settings.gpus):.2f}"
-    return found
-
-
-def memory_gb() -> float:
-    """Memory of this machine in GB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def _exit_code(worker: Worker) -> int | None:
-    """None while the cell runs. Of several processes: 0 or 42 where all say so, else a signal before a failure.
-
-    Once one has ended otherwise, the rest cannot go on: they are killed after a while.
-    """
-    codes = [process.poll() for process in worker.processes]
-    bad = [code for code in codes if code not in (None, 0, EXIT_RESTART, EXIT_HELD)]
-    if None in codes:
-        if bad:
-            worker.failed_at = worker.failed_at or time.monotonic()
-            if time.monotonic() - worker.failed_at > PARTNER_SECONDS:
-                _signal(worker, signal.SIGKILL)
-        return None
-    if not bad:
-        return max(code for code in codes if code is not None)
-    return min(code for code in bad if code is not None)
-
-
-def _signal(worker: Worker, number: int) -> None:
-    for process in worker.processes:
-        if process.poll() is None:
-            process.send_signal(number)
 
 
 def _stop(number: int, frame: object) -> None:
@@ -303,16 +191,6 @@ def _word(code: int) -> str:
     if code == EXIT_RESTART:
         return "told to stop"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _last_line(file: Path) -> str:
@@ -329,7 +207,7 @@ def _say(text: str) -> None:
 
 def _show_line(queue: _Queue) -> None:
     """On a terminal, one line that is rewritten: a bar, and how far each running cell is."""
-    if not sys.stdout.isatty() or time.monotonic() - getattr(queue, "shown", 0.0) < 1.0:
+    if not sys.stdout.isatty() or time.monotonic() - queue.shown < 1.0:
         return
     queue.shown = time.monotonic()
     full = round(20 * queue.done / max(1, queue.total))

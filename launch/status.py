@@ -40,7 +40,7 @@ def table(states: Mapping[str, State], asked: Mapping[str, str]) -> str:
     head = f"{len(states)} cells: " + ", ".join(f"{count} {name}" for name, count in counts.most_common())
     notes = [f"{cell}: {state.reason}" for cell, state in states.items() if state.reason]
     spent = [state.goodput for state in states.values() if state.goodput is not None]
-    return "\n".join([head, *lines, *notes, *([str(summary(spent))] if spent else [])])
+    return "\n".join([head, *lines, *notes, *(["goodput: " + summary(spent).text()] if spent else [])])
 
 
 def _row(cell: str, state: State, asked: str) -> tuple[str, ...]:

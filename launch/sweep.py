@@ -33,34 +33,34 @@ def settings_of(place: ModuleType, file: Path | None, changes: Sequence[str]) ->
 
     Raises ValueError in one line for a key that the place does not have or a value that does not fit.
     """
-    found: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     if file is not None:
-        loaded = yaml.safe_load(file.read_text())
+        loaded = yaml.load(file.read_text(), yaml.BaseLoader)  # as text: YAML would read the time 02:00:00 as a number
         if not isinstance(loaded, dict):
             raise ValueError(f"{file}: expected KEY: VALUE lines")
-        found |= loaded
+        texts |= loaded
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--set {change}: expected KEY=VALUE")
-        found[key] = yaml.safe_load(value)
-    costs = {key: float(found.pop(key)) for key in FORECAST if key in found}
-    fields = {field.name: field for field in dataclasses.fields(place.Settings)}
-    if wrong := sorted(found.keys() - fields.keys()):
+        texts[key] = value
+    costs = {key: _as(0.0, key, texts.pop(key)) for key in FORECAST if key in texts}
+    fields = {field.name: field.default for field in dataclasses.fields(place.Settings)}
+    if wrong := sorted(texts.keys() - fields.keys()):
         raise ValueError(f"{place.__name__}: no setting {', '.join(wrong)}; it has {', '.join([*fields, *FORECAST])}")
-    values = {key: _as(fields[key].default, key, value) for key, value in found.items()}
-    return place.Settings(**values), costs
+    return place.Settings(**{key: _as(fields[key], key, text) for key, text in texts.items()}), costs
 
 
-def _as(default: Any, key: str, value: Any) -> Any:
-    """A value of the type of the setting's default: YAML reads 02:00:00 as a number, and 1 for 1.0."""
+def _as(default: Any, key: str, text: Any) -> Any:
+    """A value of the type of the setting's default, of a text or of what a YAML file holds."""
+    if isinstance(default, str):
+        return text
+    value = yaml.safe_load(text) if isinstance(text, str) else text
     if isinstance(default, tuple):
         return tuple(value) if isinstance(value, list) else (value,)
-    if isinstance(default, float) and isinstance(value, int):
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(default, str) and not isinstance(value, str):
-        return "" if value is None else str(value)
-    if default is not dataclasses.MISSING and default is not None and not isinstance(value, type(default)):
+    if isinstance(default, bool | int | float) and type(value) is not type(default):
         raise ValueError(f"{key}={value!r}: expected a value like {default!r}")
     return value
 

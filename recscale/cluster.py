@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 VARIABLES = ("RECSCALE_COORD", "RECSCALE_NPROC", "RECSCALE_PROC")
 ALONE = "none"
@@ -196,11 +197,16 @@ def from_tpu(environment: Environment) -> Place | None:
         endpoints = (metadata("worker-network-endpoints") or "").split(",")
         hosts = [endpoint.split(":")[-1] for endpoint in endpoints]  # a name, or NAME:ID:ADDRESS
         return _tpu_place(hosts, worker, facts, "the metadata server of this TPU VM")
-    names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    names, source = "", ""
+    for source in ("TPU_PROCESS_ADDRESSES_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if names := environment.get(source, ""):
+            break
     if not names:
         return None
+    if source == "TPU_PROCESS_ADDRESSES_PATH":
+        names = Path(names).read_text().strip()
     hosts = [name.split(":")[0] for name in names.split(",")]
-    return _tpu_place(hosts, environment.get("TPU_WORKER_ID", "0"), environment, "TPU_WORKER_HOSTNAMES, TPU_WORKER_ID")
+    return _tpu_place(hosts, environment.get("TPU_WORKER_ID", "0"), environment, f"{source}, TPU_WORKER_ID")
 
 
 def _tpu_place(hosts: list[str], worker: str, facts: Mapping[str, str], source: str) -> Place | None:

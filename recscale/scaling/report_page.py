@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import scipy
 
+from recscale import events, goodput
 from recscale.scaling import report_tables as tabled
 from recscale.scaling.answers import Answer, allocation_sentence, headline, leading, narrowing, next_sentences
 from recscale.scaling.collect import Records, Row
@@ -201,6 +202,14 @@ def _setting(content: Content) -> list[tuple[str, str]]:
         ("plan", f"{content.spec.name}/study.yaml, sha256 {content.spec.sha256}"),
         ("runs", content.tables.source or "none found"),
         ("time of all finished runs", f"{math.fsum(wall) / 3600:.2f} hours"),
+        *_goodput(content.tables.source),
         *((key, ", ".join(sorted(values))) for key, values in sorted(found.items())),
         ("fits and figures", f"{fits}, matplotlib {matplotlib.__version__}"),
     ]
+
+
+def _goodput(source: str) -> list[tuple[str, str]]:
+    """How much of their time all runs trained, finished or not, where their folders tell what happened."""
+    files = sorted(Path(source).rglob(events.FILE)) if source and Path(source).is_dir() else []
+    found = [one for file in files if (one := goodput.goodput(events.read_events(file.parent))).wall]
+    return [("goodput", f"{len(found)} runs: {goodput.summary(found).text()}")] if found else []

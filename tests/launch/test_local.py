@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cell_state, local
+from launch import cell_state, local, local_workers
 from launch.study import Job
 from recscale.lease import Held, Lease, holder
 
@@ -143,13 +143,15 @@ def test_dry_run_prints_the_commands_and_starts_nothing(tmp_path, capsys):
 
 
 def test_the_machine_is_divided(tmp_path):
-    gb = local.memory_gb()
+    gb = local_workers.memory_gb()
     assert local.Settings(jobs=8, memory_gb=gb / 3.5).at_a_time() == 3
-    shares = [local.environment_of(tmp_path, 1, slot, 4, local.Settings(gpus=2, devices=4)) for slot in range(4)]
+    shares = [
+        local_workers.environment_of(tmp_path, 1, slot, 4, local.Settings(gpus=2, devices=4)) for slot in range(4)
+    ]
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "0", "1"]
     assert {share["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in shares} == {"0.45"}
     assert {share["JAX_NUM_CPU_DEVICES"] for share in shares} == {"4"}
-    alone = local.environment_of(tmp_path, 1, 0, 1, local.Settings(gpus=2))
+    alone = local_workers.environment_of(tmp_path, 1, 0, 1, local.Settings(gpus=2))
     assert alone["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 

@@ -190,6 +190,21 @@ def test_no_folder_of_runs_at_all(tmp_path, monkeypatch):
     assert report.main([str(study), "--runs", str(tmp_path / "nowhere")]) == 2
 
 
+def test_goodput_is_told_where_the_runs_tell_what_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write_files", lambda diagram, folder, stamp: None)
+    study = reported_study.write(tmp_path / "fresh", found=[])
+    (tmp_path / "runs" / "grid-0").mkdir(parents=True)
+    assert "<li>goodput" not in report.write(study, runs=tmp_path / "runs", out=tmp_path / "out").read_text()
+    for run, seconds in (("grid-0", 40.0), ("grid-1", 80.0)):
+        clocks = [("ready", 10.0, 0), ("compiled", 20.0, 1), ("alive", 20.0 + seconds, 9)]
+        rows = [{"event": e, "wall": 1e9 + c, "clock": c, "attempt": 0, "step": s} for e, c, s in clocks]
+        (tmp_path / "runs" / run).mkdir(exist_ok=True)
+        (tmp_path / "runs" / run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = report.write(study, runs=tmp_path / "runs", out=tmp_path / "out").read_text()
+    told = "75.0% of 2.7 min trained; start-up 12.5%, compilation 12.5%, 2 attempts"
+    assert f"<li>goodput: 2 runs: {told}</li>" in html
+
+
 def test_bad_plan_is_one_clear_line(tmp_path, capsys):
     study = reported_study.write(tmp_path / "bad", plan=reported_study.PLAN.replace("falls", "sinks"))
     assert report.main([str(study)]) == 2
