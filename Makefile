@@ -15,7 +15,7 @@ VERSION := import platform; print(platform.python_version())
 CANDIDATES := $(if $(PYTHON),'$(PYTHON)',python3.13 python3.12 python3.11 python3 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow plan-tools lint format bench clean
+.PHONY: help demo test test-slow test-slurm plan-tools lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,10 +24,14 @@ demo: $(READY) ## four-axis scaling study on planted data; ends with report.html
 	$(PY) -m launch.sweep experiments/0001_four_axes_planted --on=local
 
 test: $(READY) ## the whole quick suite (under 10 minutes on 2 cores)
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not slurm' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.tpu ## the tests marked slow, those of compiled TPU programs among them (no TPU is needed)
-	$(PYTEST) -m slow $(PYTEST_ARGS) || test $$? -eq 5 # 5: none is marked slow
+	$(PYTEST) -m 'slow and not slurm' $(PYTEST_ARGS) || test $$? -eq 5 # 5: none is marked slow
+
+test-slurm: $(READY) ## the tests against a real SLURM, which is installed first (Debian, root or sudo)
+	.ci/install-slurm
+	RECSCALE_REQUIRE_SLURM=1 $(PY) -m pytest -m slurm $(PYTEST_ARGS) tests/slurm
 
 plan-tools: $(VENV)/.tpu ## install the TPU compiler, which `python -m launch.plan` needs
 

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recscale.goodput import Goodput, goodput
-
 from recscale import record
 from recscale.events import read_events
+from recscale.goodput import Goodput, goodput
 from recscale.lease import holder
 
 WAITING = "waiting"  # never started

@@ -22,7 +22,7 @@ from recscale.preemption import EXIT_HELD, EXIT_RESTART
 
 HERE = True  # cells run on this file system: what they need is prepared here
 POLL_SECONDS = 0.1
-STUCK = 3
+STUCK = 5
 """A worker that is killed so often without a step of progress has failed: killed for its memory, mostly."""
 
 
@@ -117,9 +117,8 @@ class _Queue:
 
     def _may_start(self, job: Job) -> bool:
         """Not while another worker is on it, nor before its trunk has ended, unless that has failed."""
-        trunk_is_open = job.after in {other.cell for other in self.waiting} | {
-            w.job.cell for w in self.running.values()
-        }
+        still_open = [*self.waiting, *(worker.job for worker in self.running.values())]
+        trunk_is_open = any(job.after == other.cell for other in still_open)
         return not trunk_is_open and holder(Path(job.workdir)) is None
 
     def _ended(self, worker: Worker, code: int) -> None:
@@ -174,9 +173,7 @@ class _Queue:
             tell(worker, signal.SIGTERM)
         deadline = time.monotonic() + self.settings.grace_seconds
         with contextlib.suppress(KeyboardInterrupt):
-            while time.monotonic() < deadline and any(
-                p.poll() is None for w in self.running.values() for p in w.processes
-            ):
+            while time.monotonic() < deadline and any(exit_code(worker) is None for worker in self.running.values()):
                 time.sleep(POLL_SECONDS)
         for worker in self.running.values():
             tell(worker, signal.SIGKILL)

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from recscale.goodput import summary
-
 from launch import cell_state
 from launch.cell_state import State
 from launch.study import Job
+from recscale.goodput import summary
 
 REFRESH_SECONDS = 2.0
 COLUMNS = ("cell", "state", "step", "events/s", "loss", "ETA", "restarts", "goodput", "where")

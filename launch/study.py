@@ -33,11 +33,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """A folder with a study.py, and where its runs go."""
+    """A folder with a study.py, where its runs go, and where else their metrics are shown."""
 
     folder: Path
     runs: Path
     module: ModuleType
+    mirror: str = ""
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class Study:
         workdir, trunk = self.out / name, self.config(name).train.branch_from
         after = folders[Path(trunk).resolve()] if trunk and Path(trunk).resolve() in folders else ""
         argv = ("-m", "recscale.train", f"--config={self.folder / 'study.py'}:{name}", f"--workdir={workdir}")
-        return Job(name, str(workdir), argv, after)
+        return Job(name, str(workdir), argv + ((f"--mirror={self.mirror}",) if self.mirror else ()), after)
 
     def config(self, cell: str) -> ConfigDict:
         return self.module.get_config(cell)
@@ -82,7 +83,7 @@ class Study:
         return self.module.write_report(self.out)
 
 
-def load(folder: Path, runs: Path = Path("runs")) -> Study:
+def load(folder: Path, runs: Path = Path("runs"), mirror: str = "") -> Study:
     """The study in FOLDER/study.py; raises StudyError where there is none, or one that lacks a function."""
     file = folder / "study.py"
     if not file.is_file():
@@ -93,4 +94,4 @@ def load(folder: Path, runs: Path = Path("runs")) -> Study:
     spec.loader.exec_module(module)
     if missing := [name for name in FUNCTIONS if not callable(getattr(module, name, None))]:
         raise StudyError(f"{file}: lacks {', '.join(missing)}; a study has {', '.join(FUNCTIONS)}")
-    return Study(folder, runs, module)
+    return Study(folder, runs, module, mirror)

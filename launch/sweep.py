@@ -132,11 +132,22 @@ def _send(order: Order, missing: list[Job]) -> None:
             if order.place.HERE:
                 order.study.prepare()
             manifest.write(out, jobs)
-        order.place.submit(missing, out, order.settings, order.dry_run)
-        if order.watch and not order.dry_run:
-            ends = order.place.watch(missing, out, order.settings)
-            print("\n".join(f"{cell}: {end}" for cell, end in ends.items()))
-    if not order.dry_run and not order.open_jobs():
+        try:
+            order.place.submit(missing, out, order.settings, order.dry_run)
+            if order.watch and not order.dry_run:
+                ends = order.place.watch(missing, out, order.settings)
+                print("\n".join(f"{cell}: {end}" for cell, end in ends.items()))
+        finally:
+            _report_when_over(order)
+    else:
+        _report_when_over(order)
+
+
+def _report_when_over(order: Order) -> None:
+    """Write the report once nothing is left to run: failed cells are named in it, and need not be waited for."""
+    states = [cell_state.of(Path(job.workdir)) for job in order.study.jobs()]
+    over = all(state.finished or state.name == cell_state.FAILED for state in states)
+    if over and any(state.finished for state in states) and not order.dry_run:
         report(order)
 
 
@@ -152,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a setting of the place"
     )
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would be sent, and send nothing")
+    parser.add_argument("--mirror", default="", help="show the metrics elsewhere too: tensorboard,wandb,trackio")
     parser.add_argument("--watch", action="store_true", help="tpu_vm: stay, and re-create what is preempted")
     chosen = parser.parse_args(arguments)
     place = PLACES[chosen.on]
@@ -160,7 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         settings, costs = settings_of(place, chosen.place, chosen.set)
         VERBS[chosen.verb](
-            Order(study.load(chosen.study, chosen.runs), place, settings, costs, chosen.dry_run, chosen.watch)
+            Order(
+                study.load(chosen.study, chosen.runs, chosen.mirror),
+                place,
+                settings,
+                costs,
+                chosen.dry_run,
+                chosen.watch,
+            )
         )
     except Held as error:
         print(f"{error}: another submission of this study; `status` shows what runs", file=sys.stderr)

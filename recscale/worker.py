@@ -29,6 +29,10 @@ FINISHED = ("ok", "diverged")
 """Status of a record that is complete: diverged runs are results too."""
 
 
+class OtherRun(ValueError):
+    """The folder holds a run of another config: nothing may be written there."""
+
+
 class Worker:
     """A context in which this process, with the others of its run, may write `workdir`.
 
@@ -62,7 +66,7 @@ class Worker:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Preempted):
             self.events.add("preempted", step=self.step)
-        elif isinstance(error, Exception) and not isinstance(error, Held) and not peer_lost(error):
+        elif isinstance(error, Exception) and not isinstance(error, Held | OtherRun) and not peer_lost(error):
             self.fail(error)
         if self.mirrors is not None:
             self.mirrors.close()
@@ -148,7 +152,7 @@ def finished(config: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
 def open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     """The record of the run in `workdir`, or a fresh one; a broken file is set aside: checkpoints and metrics say more.
 
-    Raises ValueError where the folder belongs to another config.
+    Raises OtherRun where the folder belongs to another config.
     """
     fresh, file = record.new(config), workdir / "record.json"
     found = [row["config_hash"] for row in read_events(workdir) if "config_hash" in row]
@@ -163,7 +167,7 @@ def open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
                 (workdir / "DONE").unlink(missing_ok=True)
                 print(f"{error}; it is now {file.name}.broken, and the run goes on", file=sys.stderr)
     if found and found[-1] != fresh["config_hash"]:
-        raise ValueError(
+        raise OtherRun(
             f"{workdir}: holds a run of another config ({found[-1]}, this one is {fresh['config_hash']}). "
             "Choose another --workdir, or delete this one."
         )

@@ -256,6 +256,7 @@ def test_a_finished_workdir_is_left_alone_and_no_other_config_gets_in(log, tmp_p
     assert {p: p.stat().st_mtime_ns for p in files} == files
     with pytest.raises(SystemExit, match="another config"):
         run_main(tiny("hstu", log, train__epochs=0.3, **FULL), tmp_path, monkeypatch)
+    assert not (tmp_path / "FAILED").exists() and record.read(tmp_path)["status"] == "ok"
 
 
 @pytest.mark.parametrize("text", ['{"status": "runn', "", "[]", "{}", '{"schema_version": 0}', "\x00\xff"])

@@ -61,7 +61,7 @@ def test_a_worker_that_is_killed_again_and_again_at_one_step_has_failed(tmp_path
     stuck = Job("a", jobs[0].workdir, (str(script),))
     with pytest.raises(SystemExit, match="1 cells failed"):
         submit([stuck], tmp_path)
-    assert "killed by SIGKILL 3 times at step 0 (out of memory?)" in cell_state.of(tmp_path / "a").reason
+    assert "killed by SIGKILL 5 times at step 0 (out of memory?)" in cell_state.of(tmp_path / "a").reason
 
 
 def test_restarts_end_somewhere(tmp_path):
