@@ -17,13 +17,14 @@ from pathlib import Path
 from launch import cell_state
 from launch.local_workers import Settings, Worker, exit_code, start, tell
 from launch.study import Job
+from recscale.events import read_events
 from recscale.lease import Lease, holder
 from recscale.preemption import EXIT_HELD, EXIT_RESTART
 
 HERE = True  # cells run on this file system: what they need is prepared here
 POLL_SECONDS = 0.1
 STUCK = 5
-"""A worker that is killed so often without a step of progress has failed: killed for its memory, mostly."""
+"""A worker that is killed so often once it is ready, without a step of progress, has failed: mostly for its memory."""
 
 
 @dataclass
@@ -151,7 +152,12 @@ class _Queue:
             return f"{_word(code)}, and started again {self.settings.max_restarts} times before"
         if code == EXIT_RESTART:
             return ""
-        step = cell_state.of(Path(job.workdir)).step
+        rows = read_events(Path(job.workdir))
+        if (
+            not rows or rows[-1]["event"] == "start"
+        ):  # killed while it was starting: from outside, as far as one can tell
+            return ""
+        step = max(row["step"] for row in rows if "step" in row)
         times, last = self.outcome.deaths.get(job.cell, (0, -1))
         times = 1 if step > last else times + 1
         self.outcome.deaths[job.cell] = (times, step)

@@ -52,16 +52,21 @@ def test_kills_and_preemptions_are_started_again_and_a_crash_stops_no_other(tmp_
     assert "a: killed by SIGKILL after" in said and "[4/4]" in said and str(tmp_path / "b" / "log") in said
 
 
-def test_a_worker_that_is_killed_again_and_again_at_one_step_has_failed(tmp_path):
-    jobs = [job(tmp_path, "a", "kill")]
-    Path(jobs[0].workdir).mkdir()
-    (tmp_path / "a" / "attempts").write_text("x" * 5)  # the stand-in's step is its attempt: keep it from moving
+@pytest.mark.parametrize(("event", "starts"), [("ready", local.STUCK), ("start", 8)])
+def test_a_worker_that_is_killed_again_and_again_at_one_step_has_failed(tmp_path, event, starts):
+    """One that was killed while it was starting is tried again as often as any."""
     script = tmp_path / "same_step.py"
-    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    stuck = Job("a", jobs[0].workdir, (str(script),))
+    script.write_text(
+        "import os, signal, sys\nfolder = sys.argv[1]\n"
+        "with open(folder + '/events.jsonl', 'a') as file:\n"
+        f'    file.write(\'{{"event": "{event}", "step": 7, "wall": 0, "clock": 0, "attempt": 0}}\\n\')\n'
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
     with pytest.raises(SystemExit, match="1 cells failed"):
-        submit([stuck], tmp_path)
-    assert "killed by SIGKILL 5 times at step 0 (out of memory?)" in cell_state.of(tmp_path / "a").reason
+        submit([Job("a", str(tmp_path / "a"), (str(script), str(tmp_path / "a")))], tmp_path, max_restarts=7)
+    assert len((tmp_path / "a" / "events.jsonl").read_text().splitlines()) == starts
+    reason = cell_state.of(tmp_path / "a").reason
+    assert ("killed by SIGKILL 5 times at step 7 (out of memory?)" in reason) == (event == "ready"), reason
 
 
 def test_restarts_end_somewhere(tmp_path):
