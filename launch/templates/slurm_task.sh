@@ -28,8 +28,10 @@ submit_again() {
 start_again() { # WHY STATUS
   local state
   ((restarts < max_restarts)) || fail "$1; restarted $restarts times already, submit the sweep again to go on" "$2"
-  state=$(squeue --noheader --jobs="$task" --format=%T 2>/dev/null) || state=RUNNING
-  if [[ $state != RUNNING ]]; then # asking now would bring a cancelled task back
+  state=$(squeue --noheader --jobs="$task" --format="%T %r" 2>/dev/null) || state=RUNNING
+  # A job that is being ended for its time limit is gone unless asked for; to ask for one that is being cancelled would
+  # bring it back.
+  if [[ $state != RUNNING* && $state != *TimeLimit ]]; then
     say "$1; SLURM is ending this job itself ($state)"
   elif command -v scontrol >/dev/null && scontrol requeue "$task"; then
     say "$1; requeued, restart $((restarts + 1)) of at most $max_restarts"
@@ -86,6 +88,7 @@ if ((status == 137)) || { ((status > 128)) && [[ ! -e $workdir/FAILED ]]; }; the
   if (($(wc -l <"$commands.kills.$task") <= max_kills)); then start_again "killed (exit status $status)" "$status"; fi
 fi
 if [[ ! -s $workdir/FAILED ]]; then # it ended before it could say why, or was never started
-  printf 'exit status %s: %s\n' "$status" "$(tail -n 1 "$workdir/log")" >"$workdir/FAILED"
+  reason=$(tail -n 50 "$workdir/log" | grep -vE "^(srun: error: .* Exited with|srun: [^e]|slurmstepd)" | tail -n 1)
+  printf 'exit status %s: %s\n' "$status" "$reason" >"$workdir/FAILED"
 fi
 fail "failed with exit status $status: $(head -n 1 "$workdir/FAILED")" "$status"

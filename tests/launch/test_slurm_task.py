@@ -20,7 +20,7 @@ class Task:
         self.place.mkdir(parents=True)
         self.bin.mkdir()
         self.cell = self.folder / "a"
-        for name, text in {"squeue": "echo RUNNING", "scontrol": "", "sbatch": "echo 77", "sleep": ""}.items():
+        for name, text in {"squeue": "echo RUNNING None", "scontrol": "", "sbatch": "echo 77", "sleep": ""}.items():
             self.program(name, text)
 
     def program(self, name: str, text: str) -> None:
@@ -74,11 +74,17 @@ def test_42_requeues_this_task_and_no_other(task):
     assert status == 42 and names(called) == ["srun"] and "restarted 20 times already" in said
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
+@pytest.mark.parametrize("state", ["COMPLETING None", "CANCELLED None", ""])
 def test_a_job_that_slurm_ends_is_not_brought_back(task, state):
     task.program("squeue", f"echo {state}")
     status, _, called = task.run("exit 42")
     assert status == 42 and names(called) == ["srun", "squeue"]
+
+
+def test_a_job_whose_time_is_up_is_brought_back(task):
+    """The save outlasted the notice: SLURM is ending the job, and starts it again only where asked."""
+    task.program("squeue", "echo COMPLETING TimeLimit")
+    assert names(task.run("exit 42")[2]) == ["srun", "squeue", "scontrol"]
 
 
 @pytest.mark.parametrize("missing", ["scontrol", "squeue"])
@@ -106,7 +112,9 @@ def test_75_leaves_the_cell_to_the_other_worker(task):
 def test_a_failure_says_why(task):
     status, said, called = task.run('echo "error: no such key" >"$W/FAILED"; exit 1')
     assert status == 1 and names(called) == ["srun"] and "failed with exit status 1: error: no such key" in said
-    status, said, _ = task.run("echo first; echo 'error: cannot join'; exit 2")
+    status, said, _ = task.run(
+        "echo 'error: cannot join'; echo 'srun: error: n1: task 0: Exited with exit code 2'; exit 2"
+    )
     assert status == 2 and (task.cell / "FAILED").read_text() == "exit status 2: error: cannot join\n"
 
 
