@@ -1,10 +1,11 @@
 """SLURM: a sweep is one array job; every array task is one cell that resumes, and asks for its own restart.
 
-The rendered script and what it needs lie in RUNS/NAME/slurm/: NNN.sbatch (readable, and runs by hand too), NNN.commands
+The rendered script and what it needs lie in RUNS/NAME/slurm/: NNN.sbatch (readable, and runs by hand too), NNN.manifest
 (one line per array task), ID_TASK.log (what SLURM said), jobs.jsonl (which job holds which cell). A cell's own output
 goes to WORKDIR/log.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -98,7 +99,8 @@ def render(jobs: list[Job], folder: Path, settings: Settings, script: Path, dire
         "title": f"{folder.name}: {len(jobs)} cells, one array task each. Rendered by launch.sweep.",
         "directives": "\n".join(f"#SBATCH {_directive(option)}" for option in options),
         "script": shlex.quote(str(script)),
-        "commands": shlex.quote(str(script.with_suffix(".commands"))),
+        "manifest": shlex.quote(str(script.with_suffix(".manifest"))),
+        "digest": hashlib.sha256(commands.encode()).hexdigest(),
         "jobs": shlex.quote(str(script.with_name(RECORD))),
         "directory": shlex.quote(str(directory)),
         "python": shlex.quote(settings.python),
@@ -130,9 +132,9 @@ def _submit_array(jobs: list[Job], folder: Path, settings: Settings, before: lis
         command.append(f"--dependency=afterany:{':'.join(before)}")
     command.append(str(script))
     if dry_run:
-        print(f"# {script}\n{text}\n# {script.with_suffix('.commands')}\n{commands}\n{shown(command)}")
+        print(f"# {script}\n{text}\n# {script.with_suffix('.manifest')}\n{commands}\n{shown(command)}")
         return "JOB_ABOVE"
-    script.with_suffix(".commands").write_text(commands)
+    script.with_suffix(".manifest").write_text(commands)
     script.write_text(text)
     job = _run(command).strip().split(";")[0]
     cells = {str(index): entry.cell for index, entry in enumerate(jobs)}

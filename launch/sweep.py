@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from launch import cell_state, forecast, gke, local, manifest, slurm, status, study, tpu_vm
+from launch import cell_state, forecast, gke, local, slurm, status, study, tpu_vm
 from launch.study import Job, Study
 from recscale.lease import Held
 from recscale.preemption import EXIT_HELD
@@ -131,7 +131,6 @@ def _send(order: Order, missing: list[Job]) -> None:
             out.mkdir(parents=True, exist_ok=True)
             if order.place.HERE:
                 order.study.prepare()
-            manifest.write(out, jobs)
         try:
             order.place.submit(missing, out, order.settings, order.dry_run)
             if order.watch and not order.dry_run:

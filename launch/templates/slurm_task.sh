@@ -41,8 +41,11 @@ start_again() { # WHY STATUS
   exit "$2"
 }
 
-line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$commands")
-[[ -n $line ]] || fail "no line $((SLURM_ARRAY_TASK_ID + 1)) in $commands"
+# A line that was cut or changed must not become a command.
+echo "$digest  $manifest" | sha256sum --check --status - 2>/dev/null ||
+  fail "$manifest is gone, cut short or changed; submit the sweep again, which writes it anew"
+line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$manifest")
+[[ -n $line ]] || fail "no line $((SLURM_ARRAY_TASK_ID + 1)) in $manifest"
 eval "$line" # cell=... workdir=... command=(...)
 cd "$directory" || fail "$directory is not there on $(hostname)"
 if [[ -e $workdir/DONE ]]; then
@@ -84,8 +87,8 @@ esac
 # another one had time to note that its peer was gone.
 if ((status == 137)) || { ((status > 128)) && [[ ! -e $workdir/FAILED ]]; }; then
   rm -f "$workdir/FAILED"
-  echo "$status" >>"$commands.kills.$task"
-  if (($(wc -l <"$commands.kills.$task") <= max_kills)); then start_again "killed (exit status $status)" "$status"; fi
+  echo "$status" >>"$manifest.kills.$task"
+  if (($(wc -l <"$manifest.kills.$task") <= max_kills)); then start_again "killed (exit status $status)" "$status"; fi
 fi
 if [[ ! -s $workdir/FAILED ]]; then # it ended before it could say why, or was never started
   reason=$(tail -n 50 "$workdir/log" | grep -vE "^(srun: error: .* Exited with|srun: [^e]|slurmstepd)" | tail -n 1)

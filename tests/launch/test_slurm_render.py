@@ -138,7 +138,7 @@ def test_more_cells_than_an_array_holds_are_several(tmp_path, sbatch):
     folder = tmp_path / "name"
     slurm.submit([job(c, folder) for c in "abcde"], folder, slurm.Settings(max_array=2, max_parallel=2), False)
     assert [call["argv"][2:-1] for call in sbatch.calls] == [[], *[["--dependency=afterany:12"]] * 2]
-    assert (folder / "slurm" / "003.commands").read_text().startswith("cell=e ")
+    assert (folder / "slurm" / "003.manifest").read_text().startswith("cell=e ")
 
 
 def test_a_dry_run_prints_all_and_sends_nothing(tmp_path, sbatch, capsys):
@@ -209,7 +209,7 @@ def test_cancel_takes_the_tasks_that_are_in_the_queue(submitted, monkeypatch, ca
     slurm.cancel(jobs, submitted, slurm.Settings(), False)
     assert [call["argv"] for call in scancel.calls] == [["scancel", "15_1"]]
     slurm.submit(jobs, submitted, slurm.Settings(), False)
-    assert (submitted / "slurm" / "002.commands").read_text().startswith("cell=a ")  # b is in the queue
+    assert (submitted / "slurm" / "002.manifest").read_text().startswith("cell=a ")  # b is in the queue
     squeue.answer(stdout="")
     slurm.cancel(jobs, submitted, slurm.Settings(), False)
     assert "none of these cells is in the queue" in capsys.readouterr().out

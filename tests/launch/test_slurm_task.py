@@ -20,6 +20,7 @@ class Task:
         self.place.mkdir(parents=True)
         self.bin.mkdir()
         self.cell = self.folder / "a"
+        self.damage = str  # what becomes of the manifest's text
         for name, text in {"squeue": "echo RUNNING None", "scontrol": "", "sbatch": "echo 77", "sleep": ""}.items():
             self.program(name, text)
 
@@ -34,7 +35,7 @@ class Task:
         jobs = [Job("a", str(self.cell), ("-m", "recscale.train", f"--workdir={self.cell}"))]
         text, commands = slurm.render(jobs, self.folder, settings or slurm.Settings(), script, self.folder)
         script.write_text(text)
-        script.with_suffix(".commands").write_text(commands)
+        script.with_suffix(".manifest").write_text(self.damage(commands))
         (self.bin / "called").write_text("")
         self.program("srun", srun)
         given = {"SLURM_JOB_ID": "1012", "SLURM_ARRAY_JOB_ID": "1012", "SLURM_ARRAY_TASK_ID": "0", "W": str(self.cell)}
@@ -64,6 +65,19 @@ def test_done_is_what_counts(task):
     (task.cell / "DONE").unlink()
     status, said, _ = task.run("exit 0")
     assert status == 1 and "exit status 0 and yet no" in said
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[:-9], lambda text: text.replace("train", "trane"), lambda text: "", lambda text: text * 2],
+    ids=["cut", "changed", "empty", "doubled"],
+)
+def test_a_damaged_manifest_runs_nothing(task, damage):
+    task.damage = damage
+    status, said, called = task.run('touch "$W/DONE"')
+    assert status == 1 and called == [] and "001.manifest is gone, cut short or changed; submit the sweep again" in said
+    task.damage = str
+    assert task.run('touch "$W/DONE"')[0] == 0
 
 
 def test_42_requeues_this_task_and_no_other(task):

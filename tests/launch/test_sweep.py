@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cell_state, forecast, manifest, status, study, sweep
-from launch.manifest import ManifestError
-from launch.study import Job, StudyError
+from launch import cell_state, forecast, status, study, sweep
+from launch.study import StudyError
 from recscale.goodput import CAUSES, Goodput
 from tests.tiny_run import make_log
 
@@ -57,7 +56,7 @@ def test_submit_sends_what_is_missing_and_retry_what_has_failed_too(tmp_path, ca
     assert len(commands) == 1 and commands[0].endswith(f"--workdir={out}/rate-0-s2")
     again = [line for line in lines(capsys, "retry", f"--runs={tmp_path}", "--dry-run") if "recscale.train" in line]
     assert [line.rpartition("/")[2] for line in again] == ["rate-0-s1", "rate-0-s2"]
-    assert not (out / "manifest.jsonl").exists()
+    assert not (out / "slurm").exists() and not (out / ".sweep").exists()
 
 
 def test_a_done_without_a_complete_record_is_not_done(tmp_path):
@@ -124,20 +123,6 @@ def test_the_plan_knows_sizes_costs_and_what_is_done(tmp_path, log):
     (tmp_path / "study" / "rate-0-s0" / "DONE").unlink()
     assert forecast.forecast(chosen)[0].hours is None
     assert forecast.forecast(chosen, flops_per_second=1e9)[0].hours > 0
-
-
-def test_a_manifest_that_was_cut_or_changed_is_refused(tmp_path):
-    jobs = [Job("a", "runs/a", ("-m", "recscale.train"), ""), Job("b", "runs/b", ("-m", "x"), "a")]
-    file = manifest.write(tmp_path, jobs)
-    assert manifest.read(tmp_path) == jobs
-    whole = file.read_text()
-    for text in (whole[:-30], whole.replace("runs/b", "runs/c"), whole.partition("\n")[2], "", "\x00"):
-        file.write_text(text)
-        with pytest.raises(ManifestError, match="submit the study again"):
-            manifest.read(tmp_path)
-    file.unlink()
-    with pytest.raises(ManifestError, match="does not exist"):
-        manifest.read(tmp_path)
 
 
 def test_a_branch_comes_after_its_trunk(tmp_path):
