@@ -3,9 +3,9 @@
     python -m benchmarks.sweep [--cells=4]
 
 Each cell is a process of its own, started by the local launcher: the cell "base" of experiments/0001_four_axes_planted
-with one seed after the other. From its events.jsonl: seconds until recscale is imported and the config read, from there
-to the state being ready, and to the end of the first step; "beyond imports" is the sum of the latter two. The launcher's
-own share is the wall time of the sweep less that of its cells. Writes benchmarks/results/sweep.json.
+with one seed after the other. From its events.jsonl: seconds until recscale is imported and the config read, from
+there to the state being ready, and to the end of the first step; "beyond imports" is the sum of the latter two. The
+launcher's own share is the wall time of the sweep less that of its cells. Writes benchmarks/results/sweep.json.
 """
 
 import argparse

@@ -89,7 +89,8 @@ class _Queue:
                 for worker in list(self.running.values()):
                     if (code := exit_code(worker)) is not None:
                         del self.running[worker.slot]
-                        self._ended(worker, code)
+                        for job in worker.jobs:
+                            self._ended(job, code, time.monotonic() - worker.began)
                 _show_line(self)
         except (KeyboardInterrupt, Stopped):
             self._stop_all()
@@ -110,20 +111,28 @@ class _Queue:
             job = next((job for job in self.waiting if self._may_start(job)), None)
             if job is None:
                 return
-            self.waiting.remove(job)
-            if cell_state.finished(Path(job.workdir)):  # by a worker that an earlier submission had left
-                self._report(job, "done", 0.0)
-                continue
-            self.running[slot] = start(job, slot, self.folder, self.settings, self.slots)
+            jobs = self._together(job)
+            self.waiting = [other for other in self.waiting if other not in jobs]
+            for done in [
+                job for job in jobs if cell_state.finished(Path(job.workdir))
+            ]:  # by a worker that was left over
+                jobs.remove(done)
+                self._report(done, "done", 0.0)
+            if jobs:
+                self.running[slot] = start(jobs, slot, self.folder, self.settings, self.slots)
+
+    def _together(self, job: Job) -> list[Job]:
+        """The job, and those that may train in one program with it."""
+        alike = [other for other in self.waiting if job.alike and other.alike == job.alike and self._may_start(other)]
+        return [job, *(other for other in alike if other is not job)][: self.settings.pack]
 
     def _may_start(self, job: Job) -> bool:
         """Not while another worker is on it, nor before its trunk has ended, unless that has failed."""
-        still_open = [*self.waiting, *(worker.job for worker in self.running.values())]
+        still_open = [*self.waiting, *(job for worker in self.running.values() for job in worker.jobs)]
         trunk_is_open = any(job.after == other.cell for other in still_open)
         return not trunk_is_open and holder(Path(job.workdir)) is None
 
-    def _ended(self, worker: Worker, code: int) -> None:
-        job, seconds = worker.job, time.monotonic() - worker.began
+    def _ended(self, job: Job, code: int, seconds: float) -> None:
         workdir = Path(job.workdir)
         if cell_state.finished(workdir):
             return self._report(job, cell_state.of(workdir).name, seconds)
@@ -216,7 +225,8 @@ def _show_line(queue: _Queue) -> None:
     full = round(20 * queue.done / max(1, queue.total))
     cells = []
     for worker in queue.running.values():
-        state = cell_state.of(Path(worker.job.workdir))
-        cells.append(f"{worker.job.cell} {100 * state.step // max(1, state.steps)}%")
+        state = cell_state.of(Path(worker.jobs[0].workdir))
+        more = f" and {len(worker.jobs) - 1} more" if len(worker.jobs) > 1 else ""
+        cells.append(f"{worker.jobs[0].cell}{more} {100 * state.step // max(1, state.steps)}%")
     line = f"[{'#' * full}{'.' * (20 - full)}] {queue.done}/{queue.total}  " + "  ".join(cells)
     print(f"\r\033[K{line[: os.get_terminal_size().columns - 1]}", end="", flush=True)

@@ -13,6 +13,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from recscale.lease import Held, Lease
+from recscale.population import groups
 
 FUNCTIONS = ("cells", "get_config", "prepare", "write_report")
 
@@ -23,12 +24,16 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """One cell: run `python ARGV`, and again until WORKDIR/DONE is there. after: the cell whose branch it is, or ""."""
+    """One cell: run `python ARGV`, and again until WORKDIR/DONE is there.
+
+    after: the cell whose branch it is, or "". alike: cells of the same word can train in one program; "": alone.
+    """
 
     cell: str
     workdir: str
     argv: tuple[str, ...]
     after: str = ""
+    alike: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,16 @@ class Study:
         names = list(self.module.cells())
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise StudyError(f"{self.folder}/study.py: cells() names {', '.join(twice)} more than once")
+        configs = {name: self.config(name) for name in names}
         folders = {(self.out / name).resolve(): name for name in names}
-        return [self._job(name, folders) for name in names]
-
-    def _job(self, name: str, folders: dict[Path, str]) -> Job:
-        workdir, trunk = self.out / name, self.config(name).train.branch_from
-        after = folders[Path(trunk).resolve()] if trunk and Path(trunk).resolve() in folders else ""
-        argv = ("-m", "recscale.train", f"--config={self.folder / 'study.py'}:{name}", f"--workdir={workdir}")
-        return Job(name, str(workdir), argv + ((f"--mirror={self.mirror}",) if self.mirror else ()), after)
+        alike = {name: group[0] for group in groups(configs) for name in group if len(group) > 1}
+        mirror = (f"--mirror={self.mirror}",) if self.mirror else ()
+        jobs = []
+        for name, config in configs.items():
+            workdir, trunk = self.out / name, Path(config.train.branch_from).resolve()
+            argv = ("-m", "recscale.train", f"--config={self.folder / 'study.py'}:{name}", f"--workdir={workdir}")
+            jobs.append(Job(name, str(workdir), argv + mirror, folders.get(trunk, ""), alike.get(name, "")))
+        return jobs
 
     def config(self, cell: str) -> ConfigDict:
         return self.module.get_config(cell)

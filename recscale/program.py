@@ -61,6 +61,7 @@ class Program:
     steps: int
     learning_rate: optax.Schedule
     table_learning_rate: optax.Schedule
+    table_weight_decay: float
     optimizer: optax.GradientTransformation
 
 
@@ -91,7 +92,6 @@ def program(
             f"loader.length = {config.loader.length} is beyond model.max_length = {model_config.max_length}"
         )
     learning_rate = optim.schedule(c.schedule, c.learning_rate, c.warmup, steps, c.decay)
-    rates = {f"0.{name}": factors.rate for name, factors in model.width_factors(model_config).items()}  # of two trees
     return Program(
         config=config,
         mesh=mesh,
@@ -102,8 +102,22 @@ def program(
         steps=steps,
         learning_rate=learning_rate,
         table_learning_rate=optim.schedule(c.schedule, t.learning_rate, t.warmup, steps, c.decay),
-        optimizer=optim.dense(learning_rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip=c.clip, rates=rates),
+        table_weight_decay=t.weight_decay,
+        optimizer=dense_optimizer(config, model, model_config, learning_rate),
     )
+
+
+def dense_optimizer(
+    config: ml_collections.ConfigDict,
+    model: ModuleType,
+    model_config: Any,
+    learning_rate: optax.Schedule,
+    **changed: Any,
+) -> optax.GradientTransformation:
+    """AdamW for the pair (model, mixers), as config.optim says; changed: arguments of optim.dense that differ."""
+    settings = {key: config.optim[key] for key in ("b1", "b2", "weight_decay", "clip")} | changed
+    rates = {f"0.{name}": factors.rate for name, factors in model.width_factors(model_config).items()}  # of two trees
+    return optim.dense(learning_rate, rates=rates, **settings)
 
 
 def _base_shape(config: ml_collections.ConfigDict) -> BaseShape | None:
@@ -160,13 +174,12 @@ def updates(run: Program) -> dict[str, tuple[RowRule, float, Callable]]:
 
     The catalogue's by config; small context tables by Adam.
     """
-    t = run.config.table
     rules = {}
     for table in run.tables.specs:
         for name in run.tables.parts(table).values():
-            optimizer = t.optimizer if table == run.task.catalogue else "adam"
+            optimizer = run.config.table.optimizer if table == run.task.catalogue else "adam"
             if not run.tables.arrays[name].fixed and optimizer != optim.FROZEN:
-                decay = t.weight_decay if table == run.task.catalogue else 0.0
+                decay = run.table_weight_decay if table == run.task.catalogue else 0.0
                 rules[name] = (optim.TABLE_RULES[optimizer], decay, run.table_learning_rate)
     return rules
 

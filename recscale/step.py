@@ -18,6 +18,11 @@ DROPOUT_STREAM, ROUNDING_STREAM = 1, 2  # within a step, whose own key draws the
 
 def make_train_step(run: Program) -> Callable[..., tuple[dict[str, Any], dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (state, metrics). Donates the state; touches only the rows of the batch."""
+    return jax.jit(step_of(run), donate_argnums=0, out_shardings=(shardings(run), None))
+
+
+def step_of(run: Program) -> Callable[..., tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """The step as a plain function, for whoever compiles it in a program of their own (population.py)."""
     task, tables = run.task, run.tables
     rules, wrap = updates(run), layer_wrapper(run.mesh, run.config.mesh.remat)
 
@@ -77,7 +82,7 @@ def make_train_step(run: Program) -> Callable[..., tuple[dict[str, Any], dict[st
         }
         return state, metrics | {"lost_rows": overflow[1]}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(run), None))
+    return step
 
 
 def _owner(tables: Tables, name: str) -> tuple[str, str]:

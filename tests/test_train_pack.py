@@ -230,7 +230,7 @@ def test_one_run_that_cannot_train_stops_no_other(log, tmp_path, monkeypatch, ca
         f"{tmp_path / '3'}: error: " in errors and "another config" in errors and f"{tmp_path / '1'}: error: " in errors
     )
     assert [(path / "DONE").exists() for path in configs] == [True, False, True, True]
-    assert "another config" in (tmp_path / "3" / "FAILED").read_text() and not (tmp_path / "1" / "FAILED").exists()
+    assert not any((tmp_path / name / "FAILED").exists() for name in "13")  # these folders are another's
     del configs[tmp_path / "3"]
     assert run_main(configs, monkeypatch, held=tmp_path / "1") == EXIT_HELD
     assert run_main(configs, monkeypatch) == 0

@@ -64,7 +64,7 @@ def workers(runs: Path) -> dict[int, str]:
             except OSError:
                 continue
             match = re.search(rf"--workdir={runs}/study/([^\0]+)", command)
-            if match and "recscale.train" in command:
+            if match and "recscale.train" in command:  # of a pack, its last cell
                 found[int(entry.name)] = match[1]
     return found
 
@@ -160,6 +160,25 @@ def test_one_host_of_several_is_killed(tmp_path, monkeypatch):
     assert_same_study(loud, quiet / "study", cells=1)
     assert record.read(loud / "study" / cell)["hosts"] == 2
     print(f"killed process {victim}, one of two: {said.strip().splitlines()[0]}")
+
+
+def test_a_pack_is_killed(undisturbed, tmp_path):
+    """Eight cells in one program: killed, taken up again, and as if each had been alone, up to rounding."""
+    process = sweep(tmp_path, "--set", "jobs=1", "pack=8", cells=8)
+    metrics = tmp_path / "study" / "rate-2-s1" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 20):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    (pid,) = workers(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and said.count("killed by SIGKILL") == 8, said
+    for job in study.load(ROOT / STUDY, tmp_path).jobs()[:8]:
+        mine, alone = (record.read(folder / job.cell) for folder in (tmp_path / "study", undisturbed))
+        assert mine["pack"]["members"] == 8 and mine["status"] == "ok" and mine["seen"] == alone["seen"]
+        losses = [[row["loss"] for row in measured(folder / job.cell) if "loss" in row][:20]
+                  for folder in (tmp_path / "study", undisturbed)]  # fmt: skip
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_ctrl_c_and_on(undisturbed, tmp_path):

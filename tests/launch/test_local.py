@@ -161,11 +161,23 @@ def test_the_machine_is_divided(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"jobs": -1}, {"processes": 0}, {"memory_gb": 1e9}], ids=["jobs", "processes", "memory"]
-)
+    "settings", [{"jobs": -1}, {"processes": 0}, {"memory_gb": 1e9}, {"gpus": 1, "processes": 2}, {"pack": 0},
+                 {"pack": 2, "processes": 2}], ids=["jobs", "processes", "memory", "gpus", "no-pack", "pack"]
+)  # fmt: skip
 def test_settings_that_do_not_fit_are_one_line(settings):
-    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} = "):
         local.Settings(**settings)
+
+
+def test_a_pack_is_one_command_of_cells_that_are_alike(tmp_path):
+    jobs = [Job(name, f"runs/{name}", ("-m", "recscale.train", f"--workdir=runs/{name}"), "", name[0]) for name in
+            ("a1", "b1", "a2", "a3", "c1")]  # fmt: skip
+    queue = local._Queue(jobs, tmp_path, local.Settings(jobs=1, pack=2), print)
+    assert [job.cell for job in queue._together(jobs[0])] == ["a1", "a2"]
+    assert [job.cell for job in queue._together(jobs[1])] == ["b1"]
+    words = ["-m", "recscale.train_pack", "--workdir=runs/a1", "--workdir=runs/a2"]
+    assert local_workers.command([jobs[0], jobs[2]]) == words
+    assert local_workers.command(jobs[:1]) == list(jobs[0].argv)
 
 
 def test_orphans_keep_no_terminal(tmp_path):

@@ -110,6 +110,11 @@ def test_a_running_cell_has_speed_and_time_left():
     assert waiting.split(maxsplit=2) == ["a", "waiting", "pending on n2"]
 
 
+def test_cells_that_differ_in_seed_and_rate_alone_are_alike(tmp_path):
+    jobs = study.load(STUDY, tmp_path).jobs()
+    assert [job.alike for job in jobs] == ["rate-0-s0"] * 3
+
+
 def test_the_plan_knows_sizes_costs_and_what_is_done(tmp_path, log):
     chosen = study.load(STUDY, tmp_path)
     finish(tmp_path / "study" / "rate-0-s0")  # 7.2e9 FLOPs in two seconds
@@ -129,8 +134,9 @@ def test_a_branch_comes_after_its_trunk(tmp_path):
     (tmp_path / "study.py").write_text(
         "from ml_collections import ConfigDict\n"
         "def cells(): return ['branch', 'trunk']\n"
-        "def get_config(cell): return ConfigDict({'train': {'branch_from': "
-        f"'{tmp_path}/runs/{tmp_path.name}/trunk' if cell == 'branch' else ''}}}})\n"
+        "from configs.hstu_planted import get_config as base\n"
+        "def get_config(cell):\n    config = base()\n    if cell == 'branch':\n"
+        f"        config.train.branch_from = '{tmp_path}/runs/{tmp_path.name}/trunk'\n    return config\n"
         "def prepare(folder): pass\ndef write_report(folder): return folder\n"
     )
     assert [job.after for job in study.load(tmp_path, tmp_path / "runs").jobs()] == ["trunk", ""]
@@ -142,7 +148,7 @@ def test_a_branch_comes_after_its_trunk(tmp_path):
         (["--set", "jbos=2"], "no setting jbos; it has jobs, processes"),
         (["--set", "jobs"], "expected KEY=VALUE"),
         (["--set", "jobs=many"], "jobs='many': expected a value like 0"),
-        (["--set", "jobs=-1"], "jobs=-1: expected at least 0"),
+        (["--set", "jobs=-1"], "jobs = -1: expected at least 0"),
         (["--place=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
