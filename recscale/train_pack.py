@@ -12,8 +12,7 @@ import contextlib
 import itertools
 import re
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,35 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from recscale.data.event_log import EventLogError
 from recscale.events import process_origin
 from recscale.lease import Held
-from recscale.pack_member import FAILURES, Member, State
 from recscale.population import Population, check
 from recscale.preemption import EXIT_HELD, EXIT_RESTART, Guard, Preempted
+from recscale.training import Line, State, Training, progress
 from recscale.worker import one_line
+
+FAILURES = (Held, EventLogError, ValueError, TypeError, OSError)
+
+
+class Member(Training):
+    """A run of a pack. error: what ended it, and no other, before it was complete."""
+
+    error: Exception | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether there is something left to do."""
+        return not self.ended and self.error is None
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of an action; an error of this run's config, data or files ends this run and no other."""
+        try:
+            return action(*arguments)
+        except FAILURES as error:
+            self.error = error
+            print(f"{self.workdir}: {one_line(error)}", file=sys.stderr)
+            self.__exit__(type(error), error, error.__traceback__)
 
 
 def train_pack(
@@ -53,7 +75,7 @@ def train_pack(
         for member in members:
             member.attempt(member.open)
         _train(*_started(members), guard, devices)
-        return {member.workdir: member.outcome for member in members if member.outcome is not None}
+        return {member.workdir: member.error or member.book for member in members}
 
 
 def _started(members: Sequence[Member]) -> tuple[list[Member], list[State | None]]:
@@ -75,21 +97,21 @@ def _train(members: list[Member], states: list[State | None], guard: Guard, devi
     state = population.put_members(population.init(), {i: x for i, x in enumerate(states) if x is not None})
     states.clear()
     for member in members:
-        member.size = (len(members), population.mesh.size)
-    pace, batches, waiting = Pace(), [next(member.batches) for member in members], None
+        member.pack = (len(members), population.mesh.size)
+    line, batches, waiting = Line(), [next(member.batches) for member in members], None
     while running := _running(members):
         state, values = population.step(state, batches, [member.step for member in members])
+        leaving = any([member.attempt(member.worker.leaving) for member in running])
         if waiting is not None:  # the metrics of the step before are read while this one runs
-            _read(members, waiting, pace)
+            _read(members, waiting, line)
         for member in running:
             member.step += 1
         waiting = values
-        leaving = any([member.attempt(member.worker.leaving) for member in running])
         if leaving or any(member.due or member.status != "ok" for member in running):
-            _read(members, waiting, pace)
+            _read(members, waiting, line)
             waiting = None
             leaving = _pause(members, population, state, guard)
-        if leaving:
+        if leaving and _running(members):
             raise Preempted(f"told to stop; {len(_running(members))} runs are saved")
         batches = [next(m.batches) if m.running else batch for m, batch in zip(members, batches, strict=True)]
 
@@ -98,14 +120,17 @@ def _running(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if member.running]
 
 
-def _read(members: Sequence[Member], values: dict[str, jax.Array], pace: "Pace") -> None:
+def _read(members: Sequence[Member], values: dict[str, jax.Array], line: Line) -> None:
     """Note the losses of the step that each member is at."""
     losses = np.asarray(values["loss"])
-    pace.step()
     for member, loss in zip(members, losses, strict=False):  # the last places may be filled up
-        if member.running and member.status == "ok":
-            member.attempt(member.read, member.step, float(loss), pace.rate)
-    pace.show(_running(members))
+        if member.running:
+            member.attempt(member.read, member.step, float(loss))
+    if running := _running(members):
+        far = max(running, key=lambda member: member.run.steps - member.step)
+        speed = sum(member.events_per_second for member in running)
+        left = progress(far.step, far.run.steps, speed, sum(member.events_per_step for member in running))
+        line.show(f"{len(running)} runs  step {far.step}/{far.run.steps}  {left}")
 
 
 def _pause(members: Sequence[Member], population: Population, state: dict[str, Any], guard: Guard) -> bool:
@@ -114,40 +139,12 @@ def _pause(members: Sequence[Member], population: Population, state: dict[str, A
     for i, member in enumerate(members):
         if member.running and (member.due or member.status != "ok" or guard.told):
             with contextlib.suppress(Preempted):  # in its evaluation: it is saved
-                member.attempt(member.pause, population.member(host, i))
-    leaving = guard.told
-    for i, member in enumerate(members):
-        if leaving and member.running:
-            member.attempt(member.save, population.member(host, i))
-    return leaving
-
-
-class Pace:
-    """How fast the pack goes, and a line on stderr: rewritten on a terminal, every ten seconds in a pipe."""
-
-    def __init__(self) -> None:
-        self.steps, self.first, self.shown = -1, time.monotonic(), time.monotonic()
-
-    def step(self) -> None:
-        """A step is done; the first one compiles, speed is counted from its end."""
-        self.steps += 1
-        self.first = self.first if self.steps else time.monotonic()
-
-    @property
-    def rate(self) -> float:
-        """Steps per second of every member."""
-        return self.steps / max(time.monotonic() - self.first, 1e-9)
-
-    def show(self, running: Sequence[Member]) -> None:
-        now = time.monotonic()
-        if not running or now - self.shown < (0.5 if sys.stderr.isatty() else 10.0):
-            return
-        self.shown, rate = now, self.rate
-        left = max(member.run.steps - member.step for member in running)
-        events = rate * sum(member.events_per_step for member in running)
-        seconds = left / rate if rate else float("nan")
-        line = f"{len(running)} runs  {left} steps left  {events:,.0f} events/s  ETA {seconds:.0f}s"
-        print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+                member.attempt(member.pause, population.member(host, i), guard.told)
+    if guard.told:  # perhaps by now: those that were not told are saved too
+        for i, member in enumerate(members):
+            if member.running:
+                member.attempt(member.pause, population.member(host, i), True)
+    return guard.told
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[Path, ConfigDict], str]:

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from recscale import record, train
+from recscale import record, train, training
 from recscale.checkpoint import Checkpoints
-from recscale.events import Events
 from recscale.run import build
 from tests.same_run import assert_same_run
 from tests.tiny_run import FULL, SAMPLED, make_log, tiny
@@ -128,17 +127,17 @@ def test_a_kill_in_the_last_evaluation_leaves_no_trace(log, tmp_path, monkeypatc
     assert unbroken["stopped_at"] < unbroken["steps"]
     assert unbroken["stopped_at"] - unbroken["selected_step"] == 20
 
-    evaluate = train.evaluate_split
+    evaluate = training.evaluate_split
 
     def dies_on_test(run, state, split, *more):
         if split == "test":
             raise Killed
         return evaluate(run, state, split, *more)
 
-    monkeypatch.setattr(train, "evaluate_split", dies_on_test)
+    monkeypatch.setattr(training, "evaluate_split", dies_on_test)
     with pytest.raises(Killed):
         train.train(config, tmp_path / "broken")
-    monkeypatch.setattr(train, "evaluate_split", evaluate)
+    monkeypatch.setattr(training, "evaluate_split", evaluate)
     assert any("final" in row for row in record.read_metrics(tmp_path / "broken"))
     train.train(config, tmp_path / "broken")
     assert_same_run(config, tmp_path / "broken", tmp_path / "unbroken")
@@ -152,7 +151,7 @@ def test_the_best_checkpoint_is_on_disk_before_the_one_that_resumes(log, tmp_pat
 
     def saves(self, step, state, data):
         folder = Path(self.manager.directory)
-        chosen = train.selected(record.read_metrics(folder.parent), config)
+        chosen = training.selected(record.read_metrics(folder.parent), config)
         if folder.name == "checkpoints" and chosen is not None and not (folder.parent / "best" / str(chosen)).exists():
             late.append(step)
         save(self, step, state, data)
@@ -251,7 +250,7 @@ def test_a_finished_workdir_is_left_alone_and_no_other_config_gets_in(log, tmp_p
     config = tiny("hstu", log, train__epochs=0.2, **FULL)
     first = train.train(config, tmp_path)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "DONE"}
-    monkeypatch.setattr(train, "build", lambda config: pytest.fail("a finished run was built again"))
+    monkeypatch.setattr(training, "build", lambda config: pytest.fail("a finished run was built again"))
     assert train.train(config, tmp_path) == json.loads(json.dumps(first))
     assert {p: p.stat().st_mtime_ns for p in files} == files
     with pytest.raises(SystemExit, match="another config"):
@@ -307,15 +306,15 @@ def rows_of(values: dict[int, float]) -> list[dict]:
 def test_selection_and_patience(log):
     lowest = tiny("hstu", log, train__select="nats min", train__eval_every=10, train__patience=2)
     highest = tiny("hstu", log, train__select="nats max", train__eval_every=10)
-    assert train.selected(rows_of({10: 3.0, 20: 2.0, 30: 2.5}), lowest) == 20
-    assert train.selected(rows_of({10: 3.0, 20: 2.0, 30: 2.5}), highest) == 10
-    assert train.selected(rows_of({10: 2.0, 20: 2.0}), lowest) == 10  # a tie keeps the earlier step
-    assert train.selected([{"step": 1, "loss": 2.0}], lowest) is None
-    assert train.selected(rows_of({10: 3.0}), tiny("hstu", log)) is None
-    assert not train.out_of_patience(rows_of({10: 2.0, 20: 3.0}), lowest, 20)
-    assert train.out_of_patience(rows_of({10: 2.0, 20: 3.0, 30: 2.0}), lowest, 30)
-    assert not train.out_of_patience(rows_of({10: 2.0, 20: 3.0, 30: 1.9}), lowest, 30)
-    assert not train.out_of_patience(rows_of({10: 2.0, 90: 3.0}), highest, 90)  # patience 0 never stops
+    assert training.selected(rows_of({10: 3.0, 20: 2.0, 30: 2.5}), lowest) == 20
+    assert training.selected(rows_of({10: 3.0, 20: 2.0, 30: 2.5}), highest) == 10
+    assert training.selected(rows_of({10: 2.0, 20: 2.0}), lowest) == 10  # a tie keeps the earlier step
+    assert training.selected([{"step": 1, "loss": 2.0}], lowest) is None
+    assert training.selected(rows_of({10: 3.0}), tiny("hstu", log)) is None
+    assert not training.out_of_patience(rows_of({10: 2.0, 20: 3.0}), lowest, 20)
+    assert training.out_of_patience(rows_of({10: 2.0, 20: 3.0, 30: 2.0}), lowest, 30)
+    assert not training.out_of_patience(rows_of({10: 2.0, 20: 3.0, 30: 1.9}), lowest, 30)
+    assert not training.out_of_patience(rows_of({10: 2.0, 90: 3.0}), highest, 90)  # patience 0 never stops
 
 
 def test_codes_are_no_parameters():
@@ -325,14 +324,18 @@ def test_codes_are_no_parameters():
         "mixers": {},
         "tables": {"item.codes": jnp.full((4000, 1), 3000), "item": jnp.ones(2)},
     }
-    assert train.parameters_finite(state)
+    assert training.parameters_finite(state)
     state["tables"]["item"] = jnp.asarray([1.0, jnp.nan])
-    assert not train.parameters_finite(state)
+    assert not training.parameters_finite(state)
 
 
-def test_a_lost_table_row_ends_the_run_with_an_error(tmp_path):
-    progress = train.Progress(10, 0, 1.0, 0.0, SimpleNamespace(events=Events(tmp_path), alive=lambda *_: None))
-    fine = {"loss": jnp.float32(1.0), "lost_rows": jnp.int32(0)}
-    assert train._read((1, fine), None, progress, 0) == ("ok", "")
+def test_a_lost_table_row_ends_the_run_with_an_error(capsys):
+    seen = []
+    run = SimpleNamespace(steps=2)
+    there = SimpleNamespace(
+        step=2, run=run, read=lambda *it: seen.append(it), events_per_second=0.0, events_per_step=1.0
+    )
+    train._read(there, {"loss": jnp.float32(1.5), "lost_rows": jnp.int32(0)}, training.Line())
+    assert seen == [(2, 1.5)] and "step 2/2  loss 1.5000  compiled" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"step 2: the exchange of table rows lost 3 rows"):
-        train._read((2, fine | {"lost_rows": jnp.int32(3)}), None, progress, 0)
+        train._read(there, {"loss": jnp.float32(1.5), "lost_rows": jnp.int32(3)}, training.Line())

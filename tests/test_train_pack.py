@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from recscale import pack_member, record, train_pack
+from recscale import record, train_pack, training
 from recscale import train as train_alone
 from recscale.checkpoint import Checkpoints
 from recscale.events import read_events
@@ -198,8 +198,8 @@ def told_after(monkeypatch, owner, name: str, count: int) -> None:
     ("owner", "name", "count", "steps"),
     [
         pytest.param(Population, "step", 7, {8}, id="in a step", marks=SLOW),
-        pytest.param(pack_member, "evaluate_split", 4, {10}, id="in an evaluation"),
-        pytest.param(pack_member, "evaluate_split", 7, {14}, id="in the final evaluation", marks=SLOW),
+        pytest.param(training, "evaluate_split", 4, {10}, id="in an evaluation"),
+        pytest.param(training, "evaluate_split", 7, {14}, id="in the final evaluation", marks=SLOW),
     ],
 )
 def test_told_to_stop_every_run_is_saved_at_its_step(owner, name, count, steps, log, tmp_path, monkeypatch, unbroken):

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recscale.goodput import goodput
 
-from recscale import evaluate, record, run, train
+from recscale import evaluate, record, run, train, training
 from recscale.checkpoint import Checkpoints
 from recscale.events import read_events
-from recscale.lease import holder
+from recscale.goodput import goodput
+from recscale.lease import Held, Lease, holder
 from recscale.preemption import Preempted
 from tests.same_run import assert_same_run, measured
 from tests.tiny_run import SAMPLED, make_log, tiny
@@ -71,9 +71,9 @@ MOMENTS = {
     "a save": (Checkpoints, "save", 1, 5),
     "the save of the best": (Checkpoints, "save", 2, 7),
     "an evaluation": (evaluate, "rank_catalogue", 2, 6),
-    "the final evaluation": (train, "collapse", 1, None),
+    "the final evaluation": (training, "collapse", 1, None),
     "reading the log": (run, "_views", 1, 0),
-    "counting the costs": (train, "costs", 1, 0),
+    "counting the costs": (training, "costs", 1, 0),
 }
 
 
@@ -250,10 +250,10 @@ def test_a_worker_that_lost_its_lease_writes_no_more(config, tmp_path, monkeypat
     monkeypatch.setattr("recscale.lease.BEAT_SECONDS", 0.1)
     monkeypatch.setattr("recscale.worker.Lease.take", lambda folder: real_take(folder, beat=0.1))
     monkeypatch.setattr(train, "place_batch", suspended)
-    with pytest.raises(train.Held, match="another worker took the lease"):
+    with pytest.raises(Held, match="another worker took the lease"):
         train.train(config, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in kept.files} == kept.files
     assert (tmp_path / "lease" / "another.beat").exists() and not (tmp_path / "FAILED").exists()
 
 
-real_take = train.Worker.__enter__.__globals__["Lease"].take
+real_take = Lease.take
