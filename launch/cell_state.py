@@ -55,7 +55,7 @@ def of(workdir: Path) -> State:
         reason = done["reason"]
     elif owner is not None:
         name, reason = RUNNING, ""
-    elif reason:
+    elif (workdir / "FAILED").exists():  # empty where there was no room for the reason
         name = FAILED
     elif rows:
         name = PREEMPTED if rows[-1]["event"] == "preempted" else KILLED

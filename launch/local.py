@@ -148,12 +148,12 @@ class _Queue:
                 return None
         else:
             reason = f"ended with status {code}"
-        failed = workdir / "FAILED"
-        if not failed.exists():
-            with contextlib.suppress(OSError):
-                failed.write_text(f"{reason}; last words: {_last_line(workdir / 'log')}\n")
+        why, failed = f"{reason}; last words: {_last_line(workdir / 'log')}", workdir / "FAILED"
+        if not failed.exists() or not failed.stat().st_size:
+            with contextlib.suppress(OSError):  # a full disk, mostly
+                failed.write_text(f"{why}\n")
         self.outcome.failed.append(job.cell)
-        return self._report(job, f"FAILED ({cell_state.of(workdir).reason}), see {workdir / 'log'}", seconds)
+        return self._report(job, f"FAILED ({cell_state.of(workdir).reason or why}), see {workdir / 'log'}", seconds)
 
     def _why_not_again(self, job: Job, code: int) -> str:
         """Why a worker that was told to stop or was killed is not started again; "" where it is."""

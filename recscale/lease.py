@@ -6,6 +6,7 @@ try, the file system lets one succeed. The former owner's next heartbeat finds i
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -153,18 +154,19 @@ def _running(found: Holder) -> bool:
 def _place(folder: Path, me: Holder) -> bool:
     """Put a complete lease folder in place; False where there is one."""
     part = folder.with_name(f"lease.{me.token}")
-    part.mkdir(parents=True)
-    (part / f"{me.token}.info").write_text(json.dumps(asdict(me)))
-    (part / f"{me.token}.beat").touch()
     try:
+        part.mkdir(parents=True)
+        (part / f"{me.token}.info").write_text(json.dumps(asdict(me)))
+        (part / f"{me.token}.beat").touch()
         os.rename(part, folder)
     except OSError as error:
-        shutil.rmtree(part)
-        if not folder.is_dir():
-            raise OSError(
-                f"{folder}: cannot be made ({error.strerror}); it must be a folder of a lease, or absent"
-            ) from error
-        return False
+        made = part.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        shutil.rmtree(part, ignore_errors=True)
+        if made:
+            return False
+        if folder.exists() and not folder.is_dir():
+            raise OSError(f"{folder}: cannot be made ({error.strerror}); delete what is there") from error
+        raise
     return True
 
 
