@@ -40,7 +40,7 @@ def main() -> None:
         chosen = study.load(STUDY, Path(folder))
         chosen.out.mkdir()
         chosen.prepare()
-        jobs = [job for job in chosen.jobs() if job.cell.startswith("base-s")][:count]
+        jobs = [job for job in chosen.jobs if job.cell.startswith("base-s")][:count]
         began = time.monotonic()
         local.submit(jobs, chosen.out, local.Settings(jobs=1), dry_run=False)
         wall = time.monotonic() - began

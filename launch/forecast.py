@@ -37,7 +37,7 @@ def forecast(study: Study, flops_per_second: float = 0.0, price: float = 0.0) ->
     price: of an hour of that hardware. Raises EventLogError where the data are missing, ValueError for a config that
     does not fit.
     """
-    jobs = study.jobs()
+    jobs = study.jobs
     states = {job.cell: cell_state.of(Path(job.workdir)) for job in jobs}
     speed = flops_per_second or measured([study.out / cell for cell, state in states.items() if state.finished])
     return [_one(cell, states[cell], study.config(cell), speed, price) for cell in states]

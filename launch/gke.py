@@ -31,9 +31,8 @@ from launch.study import Job
 from launch.tpu_slices import Slice, tpu_slice
 from recscale.preemption import EXIT_HELD, EXIT_RESTART
 
-__all__ = ["HERE", "Settings", "cancel", "jobset", "submit", "where"]
+__all__ = ["Settings", "cancel", "jobset", "submit", "where"]
 
-HERE = True  # RUNS is on the file system that the pods mount: data are prepared here
 TEMPLATE = Path(__file__).parent / "templates" / "jobset.yaml"
 PORT = 8476
 PATIENCE = {"RECSCALE_RENDEZVOUS_SECONDS": "900"}  # a node may have to be made, and the image fetched, for the last pod

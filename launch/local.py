@@ -21,7 +21,6 @@ from recscale.events import read_events
 from recscale.lease import Lease, holder
 from recscale.preemption import EXIT_HELD, EXIT_RESTART
 
-HERE = True  # cells run on this file system: what they need is prepared here
 POLL_SECONDS = 0.1
 STUCK = 5
 """A worker that is killed so often once it is ready, without a step of progress, has failed: mostly for its memory."""

@@ -21,9 +21,8 @@ from launch.commands import CommandError, call, shown
 from launch.slurm_settings import Settings
 from launch.study import Job
 
-__all__ = ["HERE", "Settings", "cancel", "submit", "where"]
+__all__ = ["Settings", "cancel", "submit", "where"]
 
-HERE = True  # the nodes see this file system: data are prepared here
 TEMPLATES = Path(__file__).parent / "templates"
 FOLDER = "slurm"
 RECORD = "jobs.jsonl"

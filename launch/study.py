@@ -4,6 +4,7 @@ A study is a folder with a study.py that has `cells()` (names), `get_config(cell
 `write_report(folder)`. A job is one cell: one command that may be given any number of times, anywhere.
 """
 
+import functools
 import importlib.util
 import time
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ class Study:
         """The folder of this study's runs: one folder per cell, and what the launcher keeps."""
         return self.runs / self.name
 
-    def jobs(self) -> list[Job]:
-        """All cells, in the order of the study."""
+    @functools.cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """All cells, in the order of the study. Raises StudyError where a name is there twice."""
         names = list(self.module.cells())
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise StudyError(f"{self.folder}/study.py: cells() names {', '.join(twice)} more than once")
@@ -68,7 +70,7 @@ class Study:
             workdir, trunk = self.out / name, Path(config.train.branch_from).resolve()
             argv = ("-m", "recscale.train", f"--config={self.folder / 'study.py'}:{name}", f"--workdir={workdir}")
             jobs.append(Job(name, str(workdir), argv + mirror, folders.get(trunk, ""), alike.get(name, "")))
-        return jobs
+        return tuple(jobs)
 
     def config(self, cell: str) -> ConfigDict:
         return self.module.get_config(cell)

@@ -77,7 +77,7 @@ class Order:
     watch: bool
 
     def open_jobs(self) -> list[Job]:
-        return [job for job in self.study.jobs() if not cell_state.finished(Path(job.workdir))]
+        return [job for job in self.study.jobs if not cell_state.finished(Path(job.workdir))]
 
 
 def plan(order: Order) -> None:
@@ -102,7 +102,7 @@ def retry(order: Order) -> None:
 
 def show(order: Order) -> None:
     """Print the table of all cells."""
-    jobs = order.study.jobs()
+    jobs = order.study.jobs
     status.show(jobs, lambda: order.place.where(jobs, order.study.out, order.settings), sys.stdout.isatty())
 
 
@@ -120,7 +120,7 @@ VERBS = {f.__name__.replace("show", "status"): f for f in (plan, prepare, submit
 
 
 def _send(order: Order, missing: list[Job]) -> None:
-    jobs, still_open, out = order.study.jobs(), order.open_jobs(), order.study.out
+    jobs, still_open, out = order.study.jobs, order.open_jobs(), order.study.out
     if len(still_open) < len(jobs):
         print(f"{len(jobs) - len(still_open)} of {len(jobs)} cells are done")
     if len(missing) < len(still_open):
@@ -129,8 +129,7 @@ def _send(order: Order, missing: list[Job]) -> None:
     if missing:
         if not order.dry_run:
             out.mkdir(parents=True, exist_ok=True)
-            if order.place.HERE:
-                order.study.prepare()
+            order.study.prepare()  # in every place RUNS is a file system that is seen from here and from there
         try:
             order.place.submit(missing, out, order.settings, order.dry_run)
             if order.watch and not order.dry_run:
@@ -144,7 +143,7 @@ def _send(order: Order, missing: list[Job]) -> None:
 
 def _report_when_over(order: Order) -> None:
     """Write the report once nothing is left to run: failed cells are named in it, and need not be waited for."""
-    states = [cell_state.of(Path(job.workdir)) for job in order.study.jobs()]
+    states = [cell_state.of(Path(job.workdir)) for job in order.study.jobs]
     over = all(state.finished or state.name == cell_state.FAILED for state in states)
     if over and any(state.finished for state in states) and not order.dry_run:
         report(order)
@@ -170,21 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--watch: {chosen.on} starts again by itself what is preempted")
     try:
         settings, costs = settings_of(place, chosen.place, chosen.set)
-        VERBS[chosen.verb](
-            Order(
-                study.load(chosen.study, chosen.runs, chosen.mirror),
-                place,
-                settings,
-                costs,
-                chosen.dry_run,
-                chosen.watch,
-            )
-        )
+        loaded = study.load(chosen.study, chosen.runs, chosen.mirror)
+        VERBS[chosen.verb](Order(loaded, place, settings, costs, chosen.dry_run, chosen.watch))
     except Held as error:
         print(f"{error}: another submission of this study; `status` shows what runs", file=sys.stderr)
         sys.exit(EXIT_HELD)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on where this one was")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ from launch.queued_resources import ALIVE, LEAVING, LOST
 from launch.study import Job
 from launch.tpu_vm_settings import Settings, bad_jobs
 
-__all__ = ["HERE", "Settings", "cancel", "submit", "watch", "where"]
+__all__ = ["Settings", "cancel", "submit", "watch", "where"]
 
-HERE = True  # RUNS is what the workers mount: data are prepared here
 GONE_SECONDS = 180.0
 """A slice deletes itself after DONE, which a mounted bucket may show here only a minute later."""
 PATIENCE = 10

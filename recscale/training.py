@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Training:
         self.book: dict[str, Any] = {}
         self._stack, self._saved, self._first = contextlib.ExitStack(), -1, (0.0, -1)
 
-    def __enter__(self) -> "Training":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -41,7 +41,7 @@ def log(tmp_path_factory):
 def undisturbed(tmp_path_factory, log) -> Path:
     """All cells, trained in this process one after the other."""
     runs = tmp_path_factory.mktemp("undisturbed")
-    for job in study.load(ROOT / STUDY, runs).jobs():
+    for job in study.load(ROOT / STUDY, runs).jobs:
         train.train(study.load(ROOT / STUDY, runs).config(job.cell), job.workdir)
     return runs / "study"
 
@@ -133,7 +133,7 @@ def test_two_launchers_at_once(undisturbed, tmp_path):
     loser = said[[process.returncode for process in both].index(75)]
     assert "another submission of this study" in loser
     assert_same_study(tmp_path, undisturbed, cells=2)
-    for job in study.load(ROOT / STUDY, tmp_path).jobs()[:2]:
+    for job in study.load(ROOT / STUDY, tmp_path).jobs[:2]:
         assert [row["event"] for row in read_events(Path(job.workdir))].count("start") == 1
     print(f"the one that left said: {loser.strip().splitlines()[-1]}")
 
@@ -173,7 +173,7 @@ def test_a_pack_is_killed(undisturbed, tmp_path):
     os.kill(pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and said.count("killed by SIGKILL") == 8, said
-    for job in study.load(ROOT / STUDY, tmp_path).jobs()[:8]:
+    for job in study.load(ROOT / STUDY, tmp_path).jobs[:8]:
         mine, alone = (record.read(folder / job.cell) for folder in (tmp_path / "study", undisturbed))
         assert mine["pack"]["members"] == 8 and mine["status"] == "ok" and mine["seen"] == alone["seen"]
         losses = [[row["loss"] for row in measured(folder / job.cell) if "loss" in row][:20]

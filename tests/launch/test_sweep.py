@@ -111,7 +111,7 @@ def test_a_running_cell_has_speed_and_time_left():
 
 
 def test_cells_that_differ_in_seed_and_rate_alone_are_alike(tmp_path):
-    jobs = study.load(STUDY, tmp_path).jobs()
+    jobs = study.load(STUDY, tmp_path).jobs
     assert [job.alike for job in jobs] == ["rate-0-s0"] * 3
 
 
@@ -139,7 +139,7 @@ def test_a_branch_comes_after_its_trunk(tmp_path):
         f"        config.train.branch_from = '{tmp_path}/runs/{tmp_path.name}/trunk'\n    return config\n"
         "def prepare(folder): pass\ndef write_report(folder): return folder\n"
     )
-    assert [job.after for job in study.load(tmp_path, tmp_path / "runs").jobs()] == ["trunk", ""]
+    assert [job.after for job in study.load(tmp_path, tmp_path / "runs").jobs] == ["trunk", ""]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_folder_that_is_no_study_is_one_line(tmp_path):
         study.load(tmp_path)
     (tmp_path / "study.py").write_text("".join(f"def {name}(*a): return ['a', 'a']\n" for name in study.FUNCTIONS))
     with pytest.raises(StudyError, match="names a more than once"):
-        study.load(tmp_path).jobs()
+        print(study.load(tmp_path).jobs)
 
 
 @pytest.mark.slow
