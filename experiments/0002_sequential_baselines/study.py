@@ -1,6 +1,6 @@
 """Published sequential baselines on ML-1M and Beauty. Question, prediction and verdict: README.md beside.
 
-    python -m launch.sweep experiments/0002_sequential_baselines --on=local --set jobs=2      (logs prepared in logs/, see README.md)
+    python -m launch.sweep experiments/0002_sequential_baselines --on=local --set jobs=2   (logs: see README.md)
 
 A cell selects its step on the validation item of some users (the other users train on theirs), never on test.
 """

@@ -1,6 +1,6 @@
 """Kinds of embedding table at 4 to 1,024 bytes per item, on planted data and ML-1M. Prediction and verdict: README.md.
 
-    python -m launch.sweep experiments/0003_table_axis --on=local         (ML-1M where logs/ml-1m is prepared; else planted alone)
+    python -m launch.sweep experiments/0003_table_axis --on=local   (ML-1M where logs/ml-1m is there)
 
 The encoder is the same in every cell; what differs is how an item id becomes a vector, and what that costs in memory.
 """

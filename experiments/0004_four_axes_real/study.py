@@ -1,6 +1,6 @@
 """Table, data, context and encoder at once, on four public logs with two models. Prediction and verdict: README.md.
 
-    python -m launch.sweep experiments/0004_four_axes_real --on=local     (of the logs, those prepared in logs/, see README.md)
+    python -m launch.sweep experiments/0004_four_axes_real --on=local   (of the logs, those in logs/: README.md)
     python experiments/0004_four_axes_real/study.py            writes the plan, plan.csv, again
 
 The plan was frozen before the runs: which points, their sizes, steps and learning rates. The study reads it.
