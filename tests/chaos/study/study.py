@@ -1,6 +1,7 @@
 """Twenty-four tiny cells for the launcher's tests.
 
-CHAOS_LOG names the log, CHAOS_CELLS how many of them there are, CHAOS_DEVICES over how many devices each is spread.
+CHAOS_LOG names the log, CHAOS_CELLS how many of them there are, CHAOS_DEVICES over how many devices each is spread,
+CHAOS_EPOCHS how long they train.
 """
 
 import os
@@ -12,7 +13,7 @@ from recscale.record import read
 from tests.tiny_run import SAMPLED, make_log, tiny
 
 LOG = Path(os.environ.get("CHAOS_LOG", "runs/logs/chaos"))
-PLAN = {"train__epochs": 6.0, "train__checkpoint_every": 5, "train__eval_every": 10, "train__select": "nats min"}
+PLAN = {"train__checkpoint_every": 5, "train__eval_every": 10, "train__select": "nats min"}
 
 
 def cells() -> list[str]:
@@ -22,6 +23,7 @@ def cells() -> list[str]:
 def get_config(cell: str) -> ConfigDict:
     rate, seed = cell.removeprefix("rate-").split("-s")
     config = tiny("hstu", LOG, optim__learning_rate=1e-3 * 2 ** (int(rate) / 2), **PLAN, **SAMPLED).unlock()
+    config.train.epochs = float(os.environ.get("CHAOS_EPOCHS", "6"))
     config.mesh.data = int(os.environ.get("CHAOS_DEVICES", "1"))
     config.study, config.cell.name, config.seed = "study", cell, int(seed)
     return config.lock()
