@@ -114,6 +114,28 @@ def test_told_twice_it_saves_twice(config, undisturbed, tmp_path, monkeypatch):
     assert_same_run(config, tmp_path, undisturbed)
 
 
+def test_an_evaluation_made_up_for_twice_counts_once(config, undisturbed, tmp_path, monkeypatch):
+    """Told to stop in an evaluation, then killed right after it was made up for: the checkpoint still asks for it."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(mesh, batch):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        told_at(patched, evaluate, "rank_catalogue", 2)
+        with pytest.raises(Preempted):
+            train.train(config, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "place_batch", dies)
+        with pytest.raises(Killed):
+            train.train(config, tmp_path)
+    assert any("metric" in row for row in measured(tmp_path))
+    train.train(config, tmp_path)
+    assert_same_run(config, tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize("jump", [86400.0, -86400.0], ids=["forward", "back"])
 def test_a_clock_that_jumps_changes_nothing(jump, config, undisturbed, tmp_path, monkeypatch):
     real = time.time
