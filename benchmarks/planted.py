@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recscale.data import planted
+from recscale.data import planted, planted_floors
 from recscale.data.splits import View
 
 EVALUATION_USERS = 1_000
@@ -65,7 +65,7 @@ def main() -> None:
             behind = np.repeat(view.target_start - view.start, targets) + offset
             steps = np.minimum(behind, history) + 1
         n = int((view.stop - view.target_start).sum())
-        wall = seconds(lambda h=history: planted.next_item_nats(config, log, view, h, context=True), 1)
+        wall = seconds(lambda h=history: planted_floors.next_item_nats(config, log, view, h, context=True), 1)
         rows.append({"what": "filter", "history": history, "targets": n, "steps": int(steps.sum()), "seconds": wall})
         rows[-1] |= {"targets_per_second": n / wall, "steps_per_second": int(steps.sum()) / wall}
 

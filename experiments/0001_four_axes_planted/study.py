@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from configs import hstu_planted
 from recscale.data import splits
 from recscale.data.event_log import EventLog
-from recscale.data.planted import config_of, next_item_nats
+from recscale.data.planted import config_of
+from recscale.data.planted_floors import next_item_nats
 from recscale.data.prepare import prepare as prepare_log
 from recscale.scaling import axes, report
 

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from configs import hstu_ml1m, hstu_planted
 from recscale.data.event_log import EventLog
-from recscale.data.planted import config_of, next_item_nats
+from recscale.data.planted import config_of
+from recscale.data.planted_floors import next_item_nats
 from recscale.data.prepare import prepare as prepare_log
 from recscale.data.splits import SPLITS
 from recscale.scaling import axes

@@ -19,7 +19,7 @@ from recscale.data import DATASETS
 from recscale.data.event_log import EventLog, EventLogError
 from recscale.data.event_log_writer import Writer, write
 from recscale.data.facts import known_counts
-from recscale.data.planted import Planted, blocks, generate
+from recscale.data.planted import Planted, blocks, generate, settings_of
 from recscale.data.sources import Dataset, Report, locate
 
 
@@ -41,7 +41,7 @@ def prepare(
     out = Path(out)
     if name == "planted":
         config = planted_config(settings or {})
-        identity = {"dataset": name, "sha256": _digest(json.dumps(dataclasses.asdict(config), sort_keys=True))}
+        identity = {"dataset": name, "sha256": _digest(json.dumps(settings_of(config), sort_keys=True))}
         return _finished(out, identity) or _write_planted(config, out, identity, report)
     if settings:
         raise EventLogError(f"--set is for --dataset=planted only; {name} has no settings.")

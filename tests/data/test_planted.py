@@ -1,16 +1,16 @@
-"""The planted simulator: its filter against brute force, its log against its own settings."""
+"""The planted simulator: its log against its own settings."""
 
 import dataclasses
-import itertools
+import hashlib
 import json
-import math
 
 import numpy as np
 import pytest
 
 from recscale.data import planted
+from recscale.data.event_log import Column, check
 from recscale.data.planted import Planted
-from recscale.data.splits import View
+from recscale.data.prepare import prepare
 
 TINY = Planted(
     users=12,
@@ -32,172 +32,37 @@ TINY = Planted(
     mean_gap=200.0,
     seed=3,
 )
+LIKES = {"like_own": 0.6, "like_noise": 0.1}
 SMALL = dataclasses.replace(
     TINY, users=3000, items=12, interests=4, types=3, concentration=0.3, items_per_interest=4, length_median=12,
     length_sigma=0.5, length_max=30, periods=4, horizon=20_000,
 )  # fmt: skip
 
 
-def view_of(log, last, users=None):
-    """The last `last` events of every user as targets, all events before them as history."""
-    user = np.arange(log.num_users if users is None else users)
-    start, stop = log.offsets[user], log.offsets[user + 1]
-    return View("test", user.astype(np.int32), start, np.maximum(stop - last, start + 1), stop)
+LOGS = [  # settings over SMALL; sha256 of the log of 1,500 users, as it came out before there were likes
+    ({}, "1afffb33defb5017"),
+    ({"born": True}, "a78478bbc2aef3ce"),
+    ({"context_reliability": 0.0}, "b02fc1d8b3aef999"),
+    ({"noise": 0.0}, "a833f1e65fb84403"),
+    ({"noise": 1.0, "born": True}, "713b8beb798eb79c"),
+]
 
 
-def brute_force(config, log, seen_from, target, start, context):
-    """p(item at `target` | items seen_from..target - 1, contexts seen_from + 1..target), every hidden path summed.
-
-    Paths begin at the user's first event, whatever is seen: nothing is assumed about where a filter may restart.
-    """
-    true = planted.world(config)
-    G, K = true.type_GK.shape
-    item, surface = log.events["item_id"], log.events[planted.CONTEXT]
-    period = planted.period_of(config, log.events["timestamp"])
-    joint = seen = 0.0
-    for g, path in itertools.product(range(G), itertools.product(range(K), repeat=target - start + 1)):
-        p = true.type_GK[g, path[0]] / G
-        for z, z_next in itertools.pairwise(path):
-            p *= config.stay * (z == z_next) + (1 - config.stay) * true.type_GK[g, z_next]
-        for event in range(seen_from, target):
-            p *= true.emission_PKV[period[event], path[event - start], item[event] - 1]
-        for event in range(seen_from + 1, target + 1) if context and seen_from < target else ():
-            shown = surface[event] - 1 == path[event - start] % config.context_groups
-            p *= config.context_reliability * shown + (1 - config.context_reliability) / config.context_groups
-        seen += p
-        joint += p * true.emission_PKV[period[target], path[-1], item[target] - 1]
-    return joint / seen
+@pytest.mark.parametrize("likes", [{}, LIKES, {"like_noise": 1.0}])
+@pytest.mark.parametrize(("settings", "expected"), LOGS)
+def test_a_log_is_what_it_always_was_and_likes_change_nothing_else(settings, expected, likes):
+    log = planted.generate(dataclasses.replace(SMALL, users=1500, **settings, **likes))
+    assert (planted.LIKE in log.events) == (planted.LIKE in log.columns) == bool(likes)
+    digest = hashlib.sha256(log.offsets.tobytes() + log.items["born"].tobytes())
+    for name in sorted(set(log.events) - {planted.LIKE}):
+        digest.update(name.encode() + log.events[name].tobytes())
+    assert digest.hexdigest()[:16] == expected
 
 
-@pytest.mark.parametrize("history", [0, 1, 2, 3, None])
-@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("likes", [{}, LIKES])
 @pytest.mark.parametrize("born", [False, True])
-def test_the_filter_equals_brute_force_over_all_hidden_paths(history, context, born):
-    config = dataclasses.replace(TINY, born=born)
-    log = planted.generate(config)
-    view = view_of(log, last=3)
-    expected = [
-        -math.log(brute_force(config, log, start if history is None else max(start, e - history), e, start, context))
-        for start, first_target, stop in zip(view.start, view.target_start, view.stop, strict=True)
-        for e in range(first_target, stop)
-    ]
-    got = planted.next_item_nats(config, log, view, history, context)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("history", [1, 2, 3])
-def test_a_segment_shares_its_last_inputs_among_its_targets(history):
-    log = planted.generate(TINY)
-    view = view_of(log, last=2)
-    expected = []
-    for start, first_target, stop in zip(view.start, view.target_start, view.stop, strict=True):
-        seen_from = max(start, stop - 1 - history)
-        for e in range(max(first_target, seen_from + 1), stop):
-            expected.append(-math.log(brute_force(TINY, log, seen_from, e, start, True)))
-    got = planted.next_item_nats(TINY, log, view, history, context=True, segment=True)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-    row = planted.floors(TINY, log, view, (history,), segment=True)[1]
-    assert row["n"] == len(expected)
-    assert row["mean"] == pytest.approx(np.mean(expected))
-
-
-def test_examples_may_come_in_any_order_and_length():
-    log = planted.generate(SMALL)
-    view = view_of(log, last=1000, users=400)  # longer and shorter runs, several chunks
-    shuffle = np.random.default_rng(0).permutation(len(view))
-    shuffled = dataclasses.replace(
-        view, **{name: getattr(view, name)[shuffle] for name in ("user", "start", "target_start", "stop")}
-    )
-    for history in (2, None):
-        nats = planted.next_item_nats(SMALL, log, view, history)
-        pieces = np.split(nats, np.cumsum(view.stop - view.target_start)[:-1])
-        expected = np.concatenate([pieces[i] for i in shuffle])
-        got = planted.next_item_nats(SMALL, log, shuffled, history)
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-
-
-def test_a_missing_context_says_nothing():
-    log = planted.generate(TINY)
-    blank = dataclasses.replace(log, events={**log.events, planted.CONTEXT: np.zeros(log.num_events, np.int32)})
-    view = view_of(log, last=3)
-    np.testing.assert_allclose(
-        planted.next_item_nats(TINY, blank, view, 2, context=True),
-        planted.next_item_nats(TINY, log, view, 2, context=False),
-        atol=1e-12,
-    )
-
-
-@pytest.mark.parametrize("born", [False, True])
-def test_the_predictive_distribution_is_calibrated(born):
-    """It sums to one, -log p(seen item) has the distribution's own entropy as mean, and every item comes as often."""
-    config = dataclasses.replace(SMALL, born=born)
-    log = planted.generate(config)
-    view = view_of(log, last=1)
-    target = view.stop - 1
-    p_NV = np.zeros((len(view), config.items))
-    for v in range(config.items):
-        exists = log.events["timestamp"][target] >= log.items["born"][v + 1]
-        item_id = log.events["item_id"].copy()
-        item_id[target[exists]] = v + 1
-        swapped = dataclasses.replace(log, events={**log.events, "item_id": item_id})
-        p_NV[exists, v] = np.exp(-planted.next_item_nats(config, swapped, view, context=True))[exists]
-    assert born == (p_NV == 0).any()
-    np.testing.assert_allclose(p_NV.sum(1), 1, atol=1e-12)
-
-    nats = planted.next_item_nats(config, log, view, context=True)
-    entropy = -(p_NV * np.log(np.where(p_NV > 0, p_NV, 1))).sum(1)
-    assert abs(z_score(nats - entropy)) < 4
-    came_NV = log.events["item_id"][target][:, None] == np.arange(1, config.items + 1)
-    probable_NV = p_NV > 0.3
-    assert probable_NV.sum() > 300
-    assert abs(z_score((came_NV - p_NV)[probable_NV])) < 4
-    for v in range(config.items):
-        assert abs(z_score(came_NV[:, v] - p_NV[:, v])) < 4
-
-
-def z_score(x):
-    return x.mean() / (x.std(ddof=1) / math.sqrt(len(x)))
-
-
-@pytest.mark.parametrize("wrong", [{"stay": 0.3}, {"noise": 0.5}, {"context_reliability": 0.3}, {"seed": 4}])
-def test_a_filter_with_wrong_parameters_loses(wrong):
-    log = planted.generate(SMALL)
-    view = view_of(log, last=8)
-    right = planted.next_item_nats(SMALL, log, view, context=True)
-    assert z_score(planted.next_item_nats(dataclasses.replace(SMALL, **wrong), log, view, context=True) - right) > 4
-
-
-def test_floors_fall_with_history_and_with_context():
-    config = Planted(users=1500)
-    log = planted.generate(config)
-    view = view_of(log, last=4, users=1000)
-    rows = planted.floors(config, log, view, (0, 1, 4, 16, None))
-    mean = {(row["history"], row["context"]): row["mean"] for row in rows}
-    for context in (False, True):
-        values = [mean[history, context] for history in (1, 4, 16, None)]
-        assert all(a > b + 0.02 for a, b in itertools.pairwise(values)), values
-    assert all(mean[history, False] - mean[history, True] > 0.1 for history in (1, 4, 16, None))
-    entropies = planted.entropies(config)
-    assert mean[0, False] - mean[None, False] > 1
-    assert mean[0, False] == pytest.approx(entropies["unigram"], abs=4 * rows[0]["stderr"])
-    assert entropies["unigram"] > entropies["type"] > entropies["interest"]
-    assert mean[None, True] > entropies["interest"]
-    assert {row["n"] for row in rows} == {4000}
-
-
-def test_the_standard_error_counts_users_not_targets():
-    values = np.random.default_rng(0).standard_normal(50)
-    mean, stderr = planted._clustered(values, np.ones(50, int))
-    assert mean == pytest.approx(values.mean())
-    assert stderr == pytest.approx(values.std(ddof=1) / math.sqrt(50))
-    repeated = planted._clustered(np.repeat(values, 4), np.full(50, 4))
-    assert repeated == pytest.approx((mean, stderr))
-    assert math.isnan(planted._clustered(values, np.array([50]))[1])
-
-
-@pytest.mark.parametrize("born", [False, True])
-def test_same_seed_same_log_and_fewer_users_are_a_prefix(born):
-    config = dataclasses.replace(SMALL, users=1500, born=born)
+def test_same_seed_same_log_and_fewer_users_are_a_prefix(born, likes):
+    config = dataclasses.replace(SMALL, users=1500, born=born, **likes)
     log, again = planted.generate(config), planted.generate(config)
     other = planted.generate(dataclasses.replace(config, seed=config.seed + 1))
     for users in (1, 700, 1024, 1025):
@@ -231,6 +96,9 @@ def test_columns_have_the_promised_types_and_ranges():
     assert gap.mean() == pytest.approx(SMALL.mean_gap, rel=0.05)
     facts = json.loads(json.dumps(log.facts))
     assert planted.config_of(dataclasses.replace(log, facts=facts)) == SMALL
+    older = {"planted": {name: x for name, x in facts["planted"].items() if not name.startswith("like_")}}
+    assert planted.config_of(dataclasses.replace(log, facts=older)) == SMALL
+    assert planted.settings_of(SMALL) == older["planted"]  # so that a log prepared before is the same log
     assert (facts["users"], facts["items"], facts["events"]) == (log.num_users, log.num_items, log.num_events)
 
 
@@ -279,34 +147,6 @@ def test_users_start_afresh_and_times_pass_32_bits():
     assert 2**31 < gap.sum() < 2**36
 
 
-def test_entropies_are_the_mean_surprise_of_simulated_items():
-    true, entropies = planted.world(SMALL), planted.entropies(SMALL)
-    blocks = list(planted.blocks(SMALL))
-    length = np.concatenate([block["length"] for block in blocks])
-    item = np.concatenate([block["item_id"] for block in blocks]) - 1
-    interest = np.concatenate([block["interest"] for block in blocks])
-    user_type = np.repeat(np.concatenate([block["type"] for block in blocks]), length)
-    by_type_GV = true.type_GK @ true.emission_PKV[0]
-    surprise = {
-        "unigram": -np.log(by_type_GV.mean(0)[item]),
-        "type": -np.log(by_type_GV[user_type, item]),
-        "interest": -np.log(true.emission_PKV[0][interest, item]),
-    }
-    for name, nats in surprise.items():
-        mean, stderr = planted._clustered(nats, length)
-        assert entropies[name] == pytest.approx(mean, abs=4 * stderr), name
-        assert stderr < 0.02
-
-
-def test_without_context_there_is_no_column():
-    config = dataclasses.replace(SMALL, context_reliability=0.0)
-    log = planted.generate(config)
-    assert set(log.events) == set(log.columns) == {"item_id", "timestamp"}
-    with pytest.raises(ValueError, match="no column 'surface'"):
-        planted.next_item_nats(config, log, view_of(log, 1), context=True)
-    assert [row["context"] for row in planted.floors(config, log, view_of(log, 1), (1, None))] == [False, False]
-
-
 def test_popularity_inside_an_interest_is_zipf():
     config = dataclasses.replace(SMALL, users=4000, items=200, items_per_interest=50, noise=0.0, zipf=1.3)
     order_KV = np.argsort(-planted.world(config).emission_PKV[0], axis=1, kind="stable")
@@ -347,7 +187,8 @@ def test_items_never_appear_before_they_are_born():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("items", 2), ("stay", 1.0), ("stay", 0.0), ("noise", 1.1), ("context_reliability", -0.1), ("context_groups", 9),
-     ("length_min", 1), ("users", 0), ("concentration", 0.0), ("zipf", -1.0), ("seed", -1), ("items_per_interest", 13)],
+     ("length_min", 1), ("users", 0), ("concentration", 0.0), ("zipf", -1.0), ("seed", -1), ("items_per_interest", 13),
+     ("like_own", 1.1), ("like_noise", -0.1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(field, value):
     base = TINY if field == "items" else SMALL
@@ -356,17 +197,64 @@ def test_settings_out_of_range_are_refused(field, value):
         dataclasses.replace(base, **{field: value})
 
 
-def test_wrong_questions_are_refused():
-    log = planted.generate(TINY)
-    view = view_of(log, 1)
-    with pytest.raises(ValueError, match="expected 'next_item'"):
-        planted.next_item_nats(TINY, log, dataclasses.replace(view, reading="window"))
-    with pytest.raises(ValueError, match="use config_of"):
-        planted.next_item_nats(SMALL, log, view)
-    impossible = dataclasses.replace(TINY, noise=0.0, items_per_interest=1)  # 2 of the 3 items
-    with pytest.raises(ValueError, match="cannot occur"):
-        planted.next_item_nats(impossible, planted.generate(dataclasses.replace(TINY, noise=1.0)), view)
-    with pytest.raises(ValueError, match="history"):
-        planted.next_item_nats(TINY, log, view, history=-1)
+def test_a_log_without_its_settings_has_no_known_floor():
     with pytest.raises(ValueError, match="planted logs only"):
-        planted.config_of(dataclasses.replace(log, facts={}))
+        planted.config_of(dataclasses.replace(planted.generate(TINY), facts={}))
+
+
+def lists(config):
+    """(own_KV, everyone_V): the two lists that items come from, out of worlds that have one of them only."""
+    plain = dataclasses.replace(config, born=False)
+    own_KV = planted.world(dataclasses.replace(plain, noise=0.0)).emission_PKV[0]
+    return own_KV, planted.world(dataclasses.replace(plain, noise=1.0)).emission_PKV[0, 0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"born": True}, {"noise": 0.0}, {"noise": 1.0}, {"like_own": 0.0}])
+def test_likes_come_as_often_as_the_list_of_the_draw_says(settings):
+    config = dataclasses.replace(SMALL, **(LIKES | settings))
+    blocks = list(planted.blocks(config))
+    interest, item, own, like = (
+        np.concatenate([block[name] for block in blocks]) for name in ("interest", "item_id", "own", "like")
+    )
+    own_KV, everyone_V = lists(config)
+    from_own_KV, from_everyone_V = (1 - config.noise) * own_KV, config.noise * everyone_V
+    share = from_own_KV[interest, item - 1] / (from_own_KV[interest, item - 1] + from_everyone_V[item - 1])
+    rate = share * config.like_own + (1 - share) * config.like_noise
+    for came, p in ((own, share), (like, rate)):
+        for v in range(1, config.items + 1):
+            for z in range(config.interests):
+                of = (item == v) & (interest == z)
+                spread = np.sqrt((p * (1 - p))[of].sum())
+                assert abs((came - p)[of].sum()) <= 4.5 * spread + 1e-9
+    for source, expected in ((own, config.like_own), (~own, config.like_noise)):
+        spread = np.sqrt(expected * (1 - expected) / max(source.sum(), 1))
+        assert not source.any() or abs(like[source].mean() - expected) <= 4.5 * spread
+    if not config.born:
+        assert own.mean() == pytest.approx(1 - config.noise, abs=0.01)
+    pairs = (own - share)[1:] * (own - share)[:-1]
+    assert abs(pairs.sum()) <= 4.5 * np.sqrt((pairs**2).sum())  # every event has a draw of its own
+    assert like.dtype == np.int8
+
+
+def test_blocks_and_seeds_have_draws_of_their_own():
+    alike = {"zipf": 0.0, "items_per_interest": 12, "noise": 0.5}  # every item is from its own list half of the time
+    config = dataclasses.replace(SMALL, users=2048, **alike, **LIKES)
+    first, second = planted.blocks(config)
+    other = next(planted.blocks(dataclasses.replace(config, seed=config.seed + 1)))
+    for block in (second, other):
+        assert 0.45 < (first["own"][:8000] == block["own"][:8000]).mean() < 0.55
+
+
+def test_likes_are_a_feedback_column_of_a_prepared_log(tmp_path):
+    settings = {"users": "1500", "like_own": "0.6", "like_noise": "0.1"}  # as --set reads them
+    log = prepare("planted", tmp_path / "log", settings=settings)
+    check(log)
+    config = Planted(users=1500, like_own=0.6, like_noise=0.1)
+    expected = planted.generate(config)
+    assert log.columns == expected.columns
+    assert log.columns["like"] == Column("feedback", 2)
+    assert planted.config_of(log) == config
+    assert planted.settings_of(config)["like_own"] == 0.6
+    for name, column in expected.events.items():
+        np.testing.assert_array_equal(log.events[name], column)
+    assert set(np.unique(log.events["like"])) == {0, 1}
