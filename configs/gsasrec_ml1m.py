@@ -22,7 +22,20 @@ def get_config() -> ConfigDict:
     )
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
-        {"batch_size": 8, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
+        {
+            "batch_size": 8,
+            "length": 200,
+            "row_length": 0,
+            "layout": "packed",
+            "window": "last",
+            "inputs": (),
+            "queries": (),
+            "horizon": 0,
+            "positive": "",
+            "lag": 0,
+            "request_gap": 0,
+            "alpha": 2.0,
+        }
     )
 
     c.model_name = "sasrec"
@@ -94,6 +107,7 @@ def get_config() -> ConfigDict:
             "keep_steps": (),
             "branch_from": "",
             "branch_step": 0,
+            "warm_start": "",
         }
     )
     c.eval = ConfigDict(

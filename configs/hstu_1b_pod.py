@@ -27,7 +27,20 @@ def get_config() -> ConfigDict:
     )
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 65_536})
     c.loader = ConfigDict(
-        {"batch_size": 512, "length": 8192, "row_length": 0, "layout": "packed", "window": "all", "queries": ()}
+        {
+            "batch_size": 512,
+            "length": 8192,
+            "row_length": 0,
+            "layout": "packed",
+            "window": "all",
+            "inputs": (),
+            "queries": (),
+            "horizon": 0,
+            "positive": "",
+            "lag": 0,
+            "request_gap": 0,
+            "alpha": 2.0,
+        }
     )
 
     c.model_name = "hstu"
@@ -102,6 +115,7 @@ def get_config() -> ConfigDict:
             "keep_steps": (),
             "branch_from": "",
             "branch_step": 0,
+            "warm_start": "",
         }
     )
     c.eval = ConfigDict(

@@ -20,7 +20,20 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"path": "logs/ml-1m", "users": 0, "events_per_user": 0, "num_items": 0, "num_events": 0})
     c.split = ConfigDict({"name": "leave_one_out", "validation": True, "validation_users": 1024})
     c.loader = ConfigDict(
-        {"batch_size": 32, "length": 200, "row_length": 0, "layout": "packed", "window": "last", "queries": ()}
+        {
+            "batch_size": 32,
+            "length": 200,
+            "row_length": 0,
+            "layout": "packed",
+            "window": "last",
+            "inputs": (),
+            "queries": (),
+            "horizon": 0,
+            "positive": "",
+            "lag": 0,
+            "request_gap": 0,
+            "alpha": 2.0,
+        }
     )
 
     c.model_name = "hstu"
@@ -95,6 +108,7 @@ def get_config() -> ConfigDict:
             "keep_steps": (),
             "branch_from": "",
             "branch_step": 0,
+            "warm_start": "",
         }
     )
     c.eval = ConfigDict(

@@ -20,7 +20,20 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"path": "logs/planted", "users": 0, "events_per_user": 0, "num_items": 0, "num_events": 0})
     c.split = ConfigDict({"name": "by_user", "train_users": 12_000, "eval_users": 4_000, "eval_targets": 1})
     c.loader = ConfigDict(
-        {"batch_size": 4, "length": 32, "row_length": 64, "layout": "packed", "window": "all", "queries": ()}
+        {
+            "batch_size": 4,
+            "length": 32,
+            "row_length": 64,
+            "layout": "packed",
+            "window": "all",
+            "inputs": (),
+            "queries": (),
+            "horizon": 0,
+            "positive": "",
+            "lag": 0,
+            "request_gap": 0,
+            "alpha": 2.0,
+        }
     )
 
     c.model_name = "hstu"
@@ -95,6 +108,7 @@ def get_config() -> ConfigDict:
             "keep_steps": (),
             "branch_from": "",
             "branch_step": 0,
+            "warm_start": "",
         }
     )
     c.eval = ConfigDict(

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from recscale import program as programs
+from recscale import reading
 from recscale.data.event_log import EventLog
 
 TRAIN_MULTIPLIER = 3  # a backward pass costs two forward passes
@@ -36,13 +37,10 @@ def open_program(config: ml_collections.ConfigDict, devices: list[Any]) -> tuple
     programs.check_config(config)
     items, events = config.data.num_items, config.data.num_events
     cardinalities: dict[str, int] = {}
-    if not items or not events or config.loader.queries:
+    if not items or not events or config.loader.queries or config.loader.inputs:
         log = EventLog.open(config.data.path)
         items, events = items or log.num_items, events or log.num_events
-        unknown = [name for name in config.loader.queries if name not in log.columns]
-        if unknown:
-            raise ValueError(f"loader.queries: {unknown} are not columns of {config.data.path}")
-        cardinalities = {name: log.columns[name].cardinality or 0 for name in config.loader.queries}
+        cardinalities = reading.cardinalities(config, log)
     total = math.ceil(events * config.train.epochs)
     steps = max(1, math.ceil(total / events_per_step(config)))
     return programs.program(config, items, cardinalities, steps, devices), total
@@ -63,17 +61,16 @@ def work_of(run: programs.Program, num_items: int) -> Work:
     """What a step of a program is to do."""
     config = run.config
     events = events_per_step(config)
-    forward = dict(run.model.flops(run.model_config, config.loader.length))
+    forward = dict(run.model.flops(run.model_config, config.loader.length * run.task.tokens_per_event))
     flops = {part: histories_per_step(config) * value for part, value in forward.items()}
-    candidates = num_items if config.task.loss == "full" else 1 + config.task.negatives
     dim = config.model.embed_dim
-    flops["head"] = 2.0 * events * candidates * dim
+    flops["head"] = events * run.task.head_flops(dim)
     dtype = config.model.dtype if "dtype" in config.model else "float32"
     itemsize = jax.numpy.dtype(dtype).itemsize
     width = config.model.width if "width" in config.model else dim
     groups = run.model.param_groups(run.model_config)
     passes = config.mesh.accumulate * (2 if config.mesh.remat == "none" else 3)
-    touched = events * (1 + len(config.loader.queries)) + (0 if config.task.loss == "full" else events)
+    touched = events * (1 + len(run.task.features)) + (0 if run.task.needs_catalogue else events)
     return Work(
         events=events,
         flops={part: TRAIN_MULTIPLIER * value for part, value in flops.items()},

@@ -83,7 +83,7 @@ class Checkpoints:
         newest = self.latest()
         if newest is not None and step <= newest:
             return
-        leaves = _named(state)
+        leaves = leaves_by_path(state)
         described = _described(leaves)
         content = {"data": data, "leaves": described, "checksum": _checksum(data, described)}
         # The next step donates these buffers while the write is still going on. Orbax has them on the host before it
@@ -113,7 +113,7 @@ class Checkpoints:
         cannot be read or is not what was written.
         """
         self.wait()
-        named = _named(state)
+        named = leaves_by_path(state)
         folder = self.folder / str(step)
         stored, data = _together(folder, lambda: _read_content(folder / "data" / "metadata"))
         _check_fit(folder, stored, named)
@@ -124,6 +124,20 @@ class Checkpoints:
             raise BrokenCheckpoint(f"{folder}: {wrong[:5]} do not hold the bytes that were written")
         leaves = [_repacked(found[name], like) for name, like in named.items()]
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state), leaves), data
+
+    def restore_some(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+        """Those leaves of `wanted` (path in the state -> shape, type and sharding) that the checkpoint has.
+
+        Raises ValueError where one of them has another shape or type there, BrokenCheckpoint as `restore` does.
+        """
+        self.wait()
+        folder = self.folder / str(step)
+        stored, _ = _together(folder, lambda: _read_content(folder / "data" / "metadata"))
+        some = {name: leaf for name, leaf in wanted.items() if name in stored}
+        _check_fit(folder, {name: stored[name] for name in some}, some)
+        like = {name: _as_stored(stored[name][0], leaf) for name, leaf in some.items()}
+        found = _together(folder, lambda: _read_arrays(folder / "state", like))
+        return {name: _repacked(found[name], leaf) for name, leaf in some.items()}
 
     def restore_newest(self, state: Any) -> tuple[int, Any, dict[str, int]] | None:
         """Step, state and data position of the newest checkpoint that can be read; None in an empty folder.
@@ -173,7 +187,8 @@ class Checkpoints:
         )
 
 
-def _named(state: Any) -> dict[str, Any]:
+def leaves_by_path(state: Any) -> dict[str, Any]:
+    """Path in the state ("model.layers.uvqk") -> leaf, in the order of the leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

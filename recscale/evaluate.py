@@ -25,20 +25,18 @@ from absl import app, flags, logging
 from jax.sharding import NamedSharding
 from ml_collections import config_flags
 
-from recscale import metrics
+from recscale import metrics, reading
 from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLog, EventLogError
-from recscale.data.loading import Loader
+from recscale.data.loading import targets_of
 from recscale.data.slices import SLICES
 from recscale.data.splits import View, runs
+from recscale.evaluate_feedback import evaluate_feedback
 from recscale.layers.ranking import pack_seen, rank_catalogue
 from recscale.layers.tables import Arrays, Mixers, Tables
 from recscale.mesh import BATCH, REPLICATED, place_same
+from recscale.metrics import NonFiniteScore
 from recscale.run import Run, build, init_state
-
-
-class NonFiniteScore(ValueError):
-    """A score was NaN or infinite: the model or the tables diverged."""
 
 
 def evaluate(
@@ -130,24 +128,11 @@ def _targets(queries, tables, loader, log, view, chunk) -> Iterator[tuple[np.nda
     by_rows, everywhere = (NamedSharding(tables.mesh, spec) for spec in (BATCH, REPLICATED))
     for i in range(loader.steps_per_epoch):
         batch = loader[i]
-        batch_row, place = np.nonzero(batch["target"])
+        batch_row, place, example, row = targets_of(log, view, batch)
         if not len(place):
             continue
-        example_BR = batch["example"]
-        last_BR = np.concatenate([example_BR[:, 1:] != example_BR[:, :-1], np.ones((len(example_BR), 1), bool)], axis=1)
-        ends_BR = np.where(last_BR, np.arange(example_BR.shape[1]), example_BR.shape[1])
-        ends_BR = np.minimum.accumulate(ends_BR[:, ::-1], axis=1)[:, ::-1]
-        example = example_BR[batch_row, place].astype(np.int64) - 1
-        stop = view.target_start[example] + 1 if view.reading == "window" else view.stop[example]
-        row = stop - 1 - (ends_BR[batch_row, place] - place)
-        wrong = int((log.events["item_id"][row] != batch["target"][batch_row, place]).sum())
-        if wrong:
-            raise ValueError(
-                f"view {view.name!r}: {wrong} of {len(row)} targets in batch {i} are not the log's item at that event; "
-                'make the loader from the same log and view, with window="last".'
-            )
         query_TD = queries({name: place_same(by_rows, value) for name, value in batch.items()})
-        flat = batch_row * example_BR.shape[1] + place
+        flat = batch_row * batch["target"].shape[1] + place
         for start in range(0, len(flat), chunk):
             index = np.zeros(chunk, np.int32)
             part = slice(start, start + chunk)
@@ -263,18 +248,24 @@ def evaluate_split(
     """
     if split not in run.views:
         raise ValueError(f"split {split!r}: this run has {tuple(run.views)}; see split and eval in the config")
-    c, view = run.config.eval, run.views[split]
-    loader = Loader(
-        run.log,
-        view,
-        batch_size=c.batch_size,
-        length=run.config.loader.length,
-        row_length=run.config.loader.row_length or None,
-        layout=run.config.loader.layout,
-        queries=run.task.contexts,
-        shuffle=False,
-        with_example=True,
-    )
+    view = run.views[split]
+    slices = _slices(run, view) if final else {}
+    rows, per_target = [], {}
+    if run.task.ranks_catalogue:
+        rows, per_target = _catalogue(run, state, view, step, final, slices, poll)
+    if run.task.heads:
+
+        def masks(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: _target_mask(name, mask, view, found) for name, mask in slices.items()}
+
+        more, found = evaluate_feedback(run, state, view, step, masks, poll)
+        rows, per_target = rows + more, per_target | found
+    return rows, per_target
+
+
+def _catalogue(run: Run, state, view: View, step: int, final: bool, slices, poll):
+    c = run.config.eval
+    loader = reading.eval_loader(run.config, run.task, run.log, view)
     return evaluate(
         state["model"],
         state["tables"],
@@ -290,7 +281,7 @@ def evaluate_split(
         block=c.block,
         chunk=c.chunk,
         top_k=c.top_k if final else 0,
-        slices=_slices(run, view) if final else None,
+        slices=slices,
         nats_only=not c.protocols,
         poll=poll,
     )

@@ -14,6 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 
+class NonFiniteScore(ValueError):
+    """A score was NaN or infinite: the model or the tables diverged."""
+
+
 def hit_rate(rank: np.ndarray, k: int) -> np.ndarray:
     """1 where the target is among the first k, else 0. rank: int [n], 1 = best. Returns float64 [n]."""
     return (_checked(rank) <= k).astype(np.float64)

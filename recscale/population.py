@@ -146,7 +146,12 @@ def tuned(program: Program, rates: Mapping[str, Any], values: Mapping[str, Any])
     task.config = copy.copy(program.task.config)
     vars(task.config).update(of("task"))  # not dataclasses.replace: a traced number cannot be checked again
     optimizer = dense_optimizer(
-        program.config, program.model, program.model_config, lambda _: rates["dense"], **of("optimizer")
+        program.config,
+        program.model,
+        program.model_config,
+        lambda _: rates["dense"],
+        program.task.inside,
+        **of("optimizer"),
     )
     return dataclasses.replace(
         program,

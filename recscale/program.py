@@ -19,10 +19,10 @@ from recscale.layers.width_transfer import BaseShape, scaled
 from recscale.mesh import BATCH, REMAT, REPLICATED, dense_shardings, make_mesh
 from recscale.models import MODELS
 from recscale.tasks import TASKS
-from recscale.tasks.next_item import FREQUENCY, Task
+from recscale.tasks.next_item import FREQUENCY, LABEL, QUERY, Task
 
 # Streams of randomness: everything a run draws is fold_in(seed, stream), then a step or a table.
-MODEL_STREAM, TABLE_STREAM, STEP_STREAM = 0, 1, 2
+MODEL_STREAM, TABLE_STREAM, STEP_STREAM, HEAD_STREAM = 0, 1, 2, 3
 
 
 WINDOWS = ("last", "random", "all")
@@ -30,7 +30,10 @@ TOP_LEVEL = ("seed", "study", "model_name", "model", "task_name", "task", "split
 SECTIONS = {
     "cell": ("name", "axes", "coordinates"),
     "data": ("path", "users", "events_per_user", "num_items", "num_events"),
-    "loader": ("batch_size", "length", "row_length", "layout", "window", "queries"),
+    "loader": (
+        *("batch_size", "length", "row_length", "layout", "window", "inputs", "queries"),
+        *("horizon", "positive", "lag", "request_gap", "alpha"),
+    ),
     "table": (
         *("kind", "rows", "parts", "inner", "combine", "dtype", "codes"),
         *("optimizer", "learning_rate", "weight_decay", "warmup"),
@@ -41,7 +44,7 @@ SECTIONS = {
     ),
     "train": (
         *("epochs", "log_every", "eval_every", "checkpoint_every", "select", "patience"),
-        *("keep_steps", "branch_from", "branch_step"),
+        *("keep_steps", "branch_from", "branch_step", "warm_start"),
     ),
     "eval": ("during", "final", "batch_size", "ks", "protocols", "block", "chunk", "top_k"),
     "mesh": ("replica", "data", "model", "accumulate", "remat"),
@@ -76,20 +79,20 @@ def program(
     check_config(config)
     c, t = config.optim, config.table
     mesh = make_mesh(config.mesh.replica, config.mesh.data, config.mesh.model, devices)
-    contexts = tuple(config.loader.queries)
-    objective = TASKS[config.task_name]
-    task = objective.Task(objective.Config(**config.task), num_items, contexts)
+    task = task_of(config, num_items)
     dim = config.model.embed_dim
     shape = {key: t[key] for key in ("kind", "rows", "parts", "inner", "combine", "dtype")}
     specs = {task.catalogue: Table(num_items, dim, **shape)}
-    specs |= {name: Table(cardinalities[name] - 1, dim) for name in contexts}
+    specs |= {name: Table(cardinalities[name] - 1, dim) for name in task.features}
     if task.needs_frequency:
         specs[FREQUENCY] = Table(num_items, 1, fixed=True)
     model: ModuleType = MODELS[config.model_name]
     model_config = model.Config(**config.model, base=_base_shape(config))
-    if config.loader.length > model_config.max_length:
+    tokens = config.loader.length * task.tokens_per_event
+    if tokens > model_config.max_length:
+        each = f" with {task.tokens_per_event} tokens an event" if task.tokens_per_event > 1 else ""
         raise ValueError(
-            f"loader.length = {config.loader.length} is beyond model.max_length = {model_config.max_length}"
+            f"loader.length = {config.loader.length}{each} is beyond model.max_length = {model_config.max_length}"
         )
     learning_rate = optim.schedule(c.schedule, c.learning_rate, c.warmup, steps, c.decay)
     return Program(
@@ -103,8 +106,15 @@ def program(
         learning_rate=learning_rate,
         table_learning_rate=optim.schedule(c.schedule, t.learning_rate, t.warmup, steps, c.decay),
         table_weight_decay=t.weight_decay,
-        optimizer=dense_optimizer(config, model, model_config, learning_rate),
+        optimizer=dense_optimizer(config, model, model_config, learning_rate, inside=task.inside),
     )
+
+
+def task_of(config: ml_collections.ConfigDict, num_items: int) -> Task:
+    """The config's task over that many items."""
+    objective = TASKS[config.task_name]
+    features = {"inputs": tuple(config.loader.inputs), "queries": tuple(config.loader.queries)}
+    return objective.Task(objective.Config(**config.task), num_items, **features)
 
 
 def dense_optimizer(
@@ -112,11 +122,16 @@ def dense_optimizer(
     model: ModuleType,
     model_config: Any,
     learning_rate: optax.Schedule,
+    inside: str = "",
     **changed: Any,
 ) -> optax.GradientTransformation:
-    """AdamW for the pair (model, mixers), as config.optim says; changed: arguments of optim.dense that differ."""
+    """AdamW for the pair (model, mixers), as config.optim says; changed: arguments of optim.dense that differ.
+
+    inside: where in the model the encoder is, "" or "encoder.".
+    """
     settings = {key: config.optim[key] for key in ("b1", "b2", "weight_decay", "clip")} | changed
-    rates = {f"0.{name}": factors.rate for name, factors in model.width_factors(model_config).items()}  # of two trees
+    factors = model.width_factors(model_config)
+    rates = {f"0.{inside}{name}": factor.rate for name, factor in factors.items()}  # 0: the first of the pair
     return optim.dense(learning_rate, rates=rates, **settings)
 
 
@@ -195,6 +210,8 @@ def draw_dense(run: Program, seed: jax.Array, mixers: Any) -> dict[str, Any]:
     """The rest of the state at step 0."""
     model = run.model.Model(run.model_config, jax.random.fold_in(jax.random.key(seed), MODEL_STREAM))
     model = scaled(model, {name: f.initial for name, f in run.model.width_factors(run.model_config).items()})
+    head_key = jax.random.fold_in(jax.random.key(seed), HEAD_STREAM)
+    model = run.task.join(model, run.model_config.embed_dim, head_key)
     return {
         "step": jnp.zeros((), jnp.int32),
         "seed": seed,
@@ -237,11 +254,15 @@ def abstract_state(run: Program) -> dict[str, Any]:
 def abstract_batch(run: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and layouts of a global batch of the train step."""
     c = run.config
-    names = ["item_id", "target", "segment_ids", "positions", *c.loader.queries]
+    names = ["item_id", "target", "segment_ids", "positions"]
     if "time_bias" in c.model and c.model.time_bias:
         names += ["timestamp", "query_timestamp"]
-    shape = (c.loader.batch_size, c.loader.row_length or c.loader.length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(run.mesh, BATCH)) for name in names}
+    names += ["lagged", "request"] if c.loader.request_gap else []
+    read = run.task.columns
+    types = dict.fromkeys([*names, *read["inputs"], *(QUERY + name for name in read["queries"])], jnp.int32)
+    types |= {LABEL + name: jnp.float32 for name in read["labels"]}
+    shape, layout = (c.loader.batch_size, c.loader.row_length or c.loader.length), NamedSharding(run.mesh, BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
 
 
 def parameters(run: Program) -> dict[str, int]:
@@ -256,7 +277,7 @@ def parameters(run: Program) -> dict[str, int]:
     return {
         "tables": size(run.task.catalogue),
         "dense": groups["dense"] + groups["positions"],
-        "context_tables": sum(size(name) for name in run.task.contexts),
-        "head": 0,
+        "context_tables": sum(size(name) for name in run.task.features),
+        "head": run.task.head_parameters(run.model_config.embed_dim),
         "codebooks": 0,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,13 +10,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding
 
+from recscale import reading
 from recscale.data import codes, splits
 from recscale.data.event_log import EventLog
 from recscale.data.loading import Loader
 from recscale.layers.kinds import information_abundance
 from recscale.mesh import REPLICATED, place_same
-from recscale.program import Program, check_config, draw_dense, draw_tables, parameters, program, shardings
+from recscale.program import Program, check_config, draw_dense, draw_tables, parameters, program, shardings, task_of
 from recscale.tasks.next_item import FREQUENCY
+from recscale.warm_start import warm_start
 
 TRAIN_MULTIPLIER = 3  # a backward pass costs two forward passes
 
@@ -37,51 +40,13 @@ def build(config: ml_collections.ConfigDict) -> Run:
     for key, found in (("num_items", log.num_items), ("num_events", log.num_events)):
         if config.data[key] not in (0, found):
             raise ValueError(f"data.{key} = {config.data[key]}, but {config.data.path} has {found}: set it to 0")
-    views = _views(config, log)
-    for split in (*config.eval.final, *([config.eval.during] if config.train.eval_every else [])):
-        if split not in views:
-            raise ValueError(f"eval: split.name = {config.split.name!r} gives {tuple(views)}, not {split!r}")
-    cardinalities = {}
-    for name in config.loader.queries:
-        column = log.columns.get(name)
-        if column is None or column.kind != "context" or column.cardinality is None:
-            known = [k for k, column in log.columns.items() if column.kind == "context"]
-            raise ValueError(f"loader.queries: {name!r} is not a context column of {config.data.path}; it has {known}")
-        cardinalities[name] = column.cardinality
-    if "time_bias" in config.model and config.model.time_bias and "timestamp" not in log.columns:
-        raise ValueError(f"model.time_bias needs timestamps, {config.data.path} has none: set it to False")
-    loader = Loader(
-        log,
-        views["train"],
-        batch_size=config.loader.batch_size,
-        length=config.loader.length,
-        row_length=config.loader.row_length or None,
-        layout=config.loader.layout,
-        window="random" if config.loader.window == "random" else "last",
-        queries=tuple(config.loader.queries),
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    views = reading.views(config, log)
+    cardinalities = reading.cardinalities(config, log)
+    loader = reading.train_loader(config, task_of(config, log.num_items), log, views["train"])
     steps = max(1, round(config.train.epochs * loader.num_rows / config.loader.batch_size))
     parts = program(config, log.num_items, cardinalities, steps)
     fixed = _fixed_values(parts, log, views["train"])
     return Run(**vars(parts), log=log, views=views, loader=loader, fixed=fixed)
-
-
-def _views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.View]:
-    arguments = dict(config.split)
-    name = arguments.pop("name")
-    if name not in splits.SPLITS:
-        raise ValueError(f"split.name = {name!r}: expected one of {tuple(splits.SPLITS)}")
-    views = splits.SPLITS[name](log, **arguments)
-    if config.data.users:
-        views["train"] = splits.limit_users(views["train"], config.data.users)
-    if config.data.events_per_user:
-        views["train"] = splits.limit_events(views["train"], config.data.events_per_user)
-    if config.loader.window == "all":
-        views["train"] = splits.in_windows(views["train"], config.loader.length)
-    return views
 
 
 def item_counts(log: EventLog, view: splits.View) -> np.ndarray:
@@ -104,6 +69,8 @@ def init_state(run: Run) -> dict[str, Any]:
     state = tables | jax.jit(functools.partial(draw_dense, run), out_shardings=rest)(seed, tables["mixers"])
     for name, values in run.fixed.items():
         state["tables"][name] = place_same(run.tables.sharding(name), run.tables.arrays[name].place(values))
+    if run.config.train.warm_start:
+        state = warm_start(state, Path(run.config.train.warm_start), run.task.inside)
     return state
 
 
@@ -128,17 +95,16 @@ def _fixed_values(run: Program, log: EventLog, view: splits.View) -> dict[str, n
 def costs(run: Run, steps: int) -> dict[str, Any]:
     """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding)."""
     c, dim = run.config, run.model_config.embed_dim
-    lengths, counts = np.unique(run.loader.lengths, return_counts=True)
+    lengths, counts = np.unique(run.loader.lengths * run.task.tokens_per_event, return_counts=True)
     parts = {"projections": 0.0, "attention": 0.0}
     for length, count in zip(lengths, counts, strict=True):
         for part, value in run.model.flops(run.model_config, int(length)).items():
             parts[part] += value * float(count)
-    candidates = run.log.num_items if run.task.needs_catalogue else 1 + c.task.negatives
-    parts["head"] = 2.0 * run.loader.num_targets * candidates * dim
+    parts["head"] = run.loader.num_targets * run.task.head_flops(dim)
     epochs = steps * c.loader.batch_size / run.loader.num_rows
     flops = {part: TRAIN_MULTIPLIER * epochs * value for part, value in parts.items()}
     flops["train_total"] = sum(flops.values())
-    flops["lookup_bytes"] = 4.0 * dim * epochs * run.loader.real_tokens * (1 + len(run.task.contexts))
+    flops["lookup_bytes"] = 4.0 * dim * epochs * run.loader.real_tokens * (1 + len(run.task.features))
     return {"flops": flops, "parameters": parameters(run), "table": table_facts(run)}
 
 

@@ -43,7 +43,7 @@ def step_of(run: Program) -> Callable[..., tuple[dict[str, Any], dict[str, jax.A
                 now = place._replace(index=index[table])
                 vectors |= tables.vectors(table, rows[table], mixers[table], now, shapes)
             full = functools.partial(catalogue_softmax, tables, task, dense, mixers) if task.needs_catalogue else None
-            return task.loss(functools.partial(model, wrap=wrap), vectors, batch, key, full)
+            return task.loss(model, vectors, batch, key, full, wrap=wrap)
 
         learning = _learning(run, state, rows, wanted)
         index = {table: place.index for table, place in touched.items()}

@@ -9,10 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from launch.study import load
+from recscale.data.prepare import prepare
 from recscale.mesh import place_batch
 from recscale.program import check_config, program
 from recscale.run import build, init_state
 from recscale.step import make_train_step
+from tests.data import make_fixtures
 from tests.tiny_run import make_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,15 @@ def log(tmp_path_factory) -> Path:
     return make_log(tmp_path_factory.mktemp("planted") / "log", users=80)
 
 
+@pytest.fixture(scope="module")
+def impressions(tmp_path_factory) -> Path:
+    """A log with feedback, tabs and item features."""
+    folder = tmp_path_factory.mktemp("impressions")
+    make_fixtures.write_kuairand(folder / "source")
+    prepare("kuairand-pure", folder / "log", source=folder / "source", expected=None)
+    return folder / "log"
+
+
 def get_config(name: str) -> ConfigDict:
     return importlib.import_module(f"configs.{name}").get_config()
 
@@ -34,7 +45,8 @@ def assert_it_builds(config: ConfigDict) -> None:
     check_config(config)
     here = config.copy_and_resolve_references()
     here.mesh.update({"replica": 1, "data": 1, "model": 1})
-    program(here, num_items=3000, cardinalities=dict.fromkeys(config.loader.queries, 4), steps=100)
+    features = (*config.loader.inputs, *config.loader.queries)
+    program(here, num_items=3000, cardinalities=dict.fromkeys(features, 4), steps=100)
     assert (config.loader.row_length or config.loader.length) >= config.loader.length
 
 
@@ -52,24 +64,27 @@ def test_a_shipped_config_is_locked_and_says_how_to_run_it(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_shipped_config_takes_two_steps(name, log):
+def test_a_shipped_config_takes_two_steps(name, log, impressions):
     """On a tiny log and one device: as shipped but for depth, batch, and what follows from the number of users.
 
     A config for more than one device is cut in width and length too.
     """
     config = get_config(name).unlock()
-    config.data.update({"path": str(log), "users": 0, "num_items": 0, "num_events": 0})
+    path = impressions if config.loader.inputs else log
+    config.data.update({"path": str(path), "users": 0, "num_items": 0, "num_events": 0})
     if config.mesh.replica * config.mesh.data * config.mesh.model > 1:
         config.loader.length = 64
         config.model.update({"width": 64, "heads": 2, "qk_dim": 32, "v_dim": 32, "max_length": 64})
         config.mesh.update({"replica": 1, "data": 1, "model": 1})
     if config.split.name == "by_user":
         config.split.train_users, config.split.eval_users = 60, 20
+    if config.split.name == "global_time":
+        config.split = ConfigDict({"name": "leave_one_out"})
     if "validation_users" in config.split and config.split.validation_users:
         config.split.validation_users = 20
     config.loader.batch_size = 2
     config.model.depth = 1
-    if config.task.loss != "full":
+    if "negatives" in config.task and config.task.loss != "full":
         config.task.negatives = 8
     run = build(config.lock())
     state, train_step = init_state(run), make_train_step(run)

@@ -12,12 +12,13 @@ import grain
 import numpy as np
 
 from recscale.data import packing
+from recscale.data.columns import columns
 from recscale.data.event_log import EventLog, EventLogError
+from recscale.data.reach import Reach
 from recscale.data.splits import View, check_view, runs
+from recscale.data.stochastic_length import kept_lengths, kept_offsets
 
-INT32_MAX = np.iinfo(np.int32).max
 ENDLESS = 2**40  # steps of a shuffled loader, as far as Grain is concerned
-RESERVED = ("item_id", "target", "segment_ids", "positions", "timestamp", "query_timestamp", "example")
 ROW_STREAM, WINDOW_STREAM = 0, 1  # what a seed is used for
 
 
@@ -25,6 +26,7 @@ ROW_STREAM, WINDOW_STREAM = 0, 1  # what a seed is used for
 class _Epoch:
     """Row order [rows] and first input event of each example [N] in one epoch."""
 
+    number: int
     rows: np.ndarray
     first: np.ndarray
 
@@ -38,10 +40,16 @@ class Loader:
     * segment_ids int32 (1.. per example in a row); positions int32 (0.. in an example);
     * timestamp, query_timestamp int32, where the log has times: seconds since the log's first event, at the input and
       at the next event;
-    * one per name of `inputs` (that column at the input event) and of `queries` (at the next event);
+    * NAME int32 for the features `inputs` (data/features.py), at the input event; query_NAME int32 for the features
+      `queries` and label_NAME float32 for the columns `labels`, at the next event;
     * example int32, with `with_example`: 1 + index into the view.
 
+    reach: where training looks further than the next event, or a vector is older than it (data/reach.py); it may make
+    another event the "next" one in all of the above, and add the keys `lagged` and `request`.
+
     An example keeps at most `length` inputs: the last ones, or with window="random" a run drawn anew in every epoch.
+    alpha < 2 thins long
+    examples (Stochastic Length, data/stochastic_length.py); each event kept is then followed by the next one kept.
     With shuffle=False there is one pass in the order of the plan and its last batch is completed with empty rows; with
     shuffle=True epochs follow each other without end and nothing is dropped: a batch may straddle two.
 
@@ -67,12 +75,17 @@ class Loader:
         shuffle: bool = True,
         inputs: Sequence[str] = (),
         queries: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        reach: Reach | None = None,
+        alpha: float = 2.0,
         process_index: int = 0,
         process_count: int = 1,
         with_example: bool = False,
     ):
         row_length = length if row_length is None else row_length
         _check_arguments(batch_size, length, row_length, layout, window, process_index, process_count)
+        if alpha < 2.0 and reach is not None and reach.lag is not None:
+            raise EventLogError(f"alpha = {alpha} with lag = {reach.lag}: a lag needs all events; expected alpha = 2.")
         check_view(log, view)
         if not len(view):
             raise EventLogError(f"view {view.name!r} has no example; dropped: {dict(view.dropped)}.")
@@ -80,12 +93,14 @@ class Loader:
         self.local_rows = batch_size // process_count
         self.first_row = process_index * self.local_rows
         self._window, self._with_example = window, with_example
-        self._columns = _columns(log, inputs, queries)
+        self._columns = columns(log, inputs, queries, labels)
+        self._reach = None if reach is None else reach.open(log)
         self._start, self._target_start = view.start, view.target_start
         self._stop = view.stop if view.reading == "next_item" else view.target_start + 1
         available = self._stop - 1 - self._start
-        self._count = np.minimum(available, length)
-        self._spare = available - self._count
+        self._all = np.minimum(available, length)
+        self._spare = available - self._all
+        self._count = self._all if alpha == 2.0 else kept_lengths(self._all, length, alpha, seed=seed)
         if layout == "padded":
             self._plan = packing.plan_padded(self._count, row_length)
         elif shuffle:
@@ -148,7 +163,7 @@ class Loader:
         if self._window == "random":
             uniform = np.random.default_rng((self.seed, WINDOW_STREAM, epoch)).random(len(skip))
             skip = (uniform * (self._spare + 1)).astype(np.int64)
-        return _Epoch(rows, self._start + skip)
+        return _Epoch(epoch, rows, self._start + skip)
 
     def _fill(self, parts: list[tuple[_Epoch, np.ndarray]]) -> dict[str, np.ndarray]:
         """Gathers the examples of the rows at `places` of each epoch; rows that are lacking stay empty."""
@@ -156,17 +171,19 @@ class Loader:
         rows = np.concatenate([epoch.rows[places] for epoch, places in parts])
         per_row = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
         segment = plan.segments[runs(plan.row_offsets[rows], per_row)]
-        if len(parts) == 1:
-            first = parts[0][0].first[segment]
-        else:
-            part = np.repeat(np.repeat(np.arange(len(parts)), [len(places) for _, places in parts]), per_row)
-            first = np.stack([epoch.first[segment] for epoch, _ in parts])[part, np.arange(len(segment))]
+        part = np.repeat(np.repeat(np.arange(len(parts)), [len(places) for _, places in parts]), per_row)
+        first = np.stack([epoch.first[segment] for epoch, _ in parts])[part, np.arange(len(segment))]
 
         count = self._count[segment]
         before = np.cumsum(count) - count  # tokens of the batch before each segment
         owner = np.repeat(np.arange(len(segment)), count)  # each token's segment
         position = np.arange(len(owner)) - before[owner]
-        source = position + first[owner]
+        number = np.array([epoch.number for epoch, _ in parts])[part]
+        place = position
+        if self._count is not self._all:
+            place = kept_offsets(self._all[segment], count, seed=self.seed, epoch=number, example=segment)
+        here = first[owner] + place
+        there = np.where(position + 1 < count[owner], np.append(here[1:], 0), first[owner] + self._all[segment][owner])
         row_tokens = np.zeros(self.local_rows, np.int64)
         row_tokens[: len(rows)] = np.add.reduceat(count, np.cumsum(per_row) - per_row) if len(rows) else 0
         slots = np.flatnonzero(np.arange(self.row_length) < row_tokens[:, None])  # rows fill from the left
@@ -176,66 +193,21 @@ class Loader:
             flat[slots] = values
             return flat.reshape(self.local_rows, self.row_length)
 
-        batch = {name: spread(read(source + ahead)) for name, (read, ahead) in self._columns.items()}
-        batch["target"] *= spread(source + 1 >= self._target_start[segment][owner])
+        more = {}
+        if self._reach is not None:
+            stream = (self.seed, number[owner])
+            there, more = self._reach(here, there, first[owner], self._stop[segment][owner], stream)
+        batch = {name: spread(read(there if ahead else here)) for name, (read, ahead) in self._columns.items()}
+        batch["target"] *= spread((there >= self._target_start[segment][owner]) & (there > here))
         batch["positions"] = spread(position.astype(np.int32))
         batch["segment_ids"] = spread((1 + runs(np.zeros_like(per_row), per_row)).astype(np.int32)[owner])
+        if "lagged" in more:  # from a row of the log to 1 + its slot in the batch's row
+            back = here - more["lagged"]
+            batch["lagged"] = spread(np.where(back <= position, slots % self.row_length - back + 1, 0).astype(np.int32))
+            batch["request"] = spread(more["request"].astype(np.int32))
         if self._with_example:
             batch["example"] = spread((segment + 1).astype(np.int32)[owner])
         return batch
-
-
-class _Column:
-    """Reads rows of one event column as at most 32 bits; a 64-bit integer that does not fit is an error, not a wrap."""
-
-    def __init__(self, log: EventLog, name: str, origin: int = 0):
-        if name not in log.events:
-            raise EventLogError(f"column {name!r} is missing; the log has {sorted(log.events)}.")
-        self.name, self.origin = name, origin
-        self.values = np.asarray(log.events[name])  # a plain view of the memory map: nothing is read yet
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        values = self.values.take(rows)
-        if values.dtype == np.float64:
-            return values.astype(np.float32)
-        if not self.origin and (values.dtype.itemsize < 4 or values.dtype in (np.int32, np.float32)):
-            return values
-        values = values.astype(np.int64) - self.origin
-        if len(values) and max(values.max(), -values.min()) > INT32_MAX:
-            raise EventLogError(f"column {self.name!r}: {values.min()}..{values.max()} does not fit int32.")
-        return values.astype(np.int32)
-
-
-def _columns(log: EventLog, inputs: Sequence[str], queries: Sequence[str]) -> dict[str, tuple[_Column, int]]:
-    """Batch key -> (column, how many events ahead of the input it is read)."""
-    names = [*inputs, *queries]
-    if len(set(names)) < len(names) or set(names) & set(RESERVED):
-        raise EventLogError(f"inputs and queries: {names}; names must differ from each other and from {RESERVED}.")
-    items = _Column(log, "item_id")
-    if items.values.dtype != np.int32:
-        raise EventLogError(f"column 'item_id': found {items.values.dtype}, expected int32. Prepare the log again.")
-    columns = {"item_id": (items, 0), "target": (items, 1)}
-    if "timestamp" in log.events:
-        times = _Column(log, "timestamp", _time_origin(log))
-        columns |= {"timestamp": (times, 0), "query_timestamp": (times, 1)}
-    columns |= {name: (_Column(log, name), 0) for name in inputs}
-    return columns | {name: (_Column(log, name), 1) for name in queries}
-
-
-def _time_origin(log: EventLog) -> int:
-    """The log's first time; raises EventLogError where the log spans more than int32 seconds (68 years)."""
-    times = log.events["timestamp"]
-    if times.dtype.kind not in "iu":
-        raise EventLogError(f"column 'timestamp': found {times.dtype}, expected integer seconds.")
-    begin, end = np.asarray(log.offsets[:-1]), np.asarray(log.offsets[1:])
-    some = end > begin
-    first, last = int(times[begin[some]].min()), int(times[end[some] - 1].max())
-    if last - first > INT32_MAX:
-        raise EventLogError(
-            f"column 'timestamp': {first}..{last} spans {last - first}, more than int32 seconds (68 years). "
-            "Are these milliseconds? Store seconds."
-        )
-    return first
 
 
 def _check_arguments(
@@ -257,3 +229,26 @@ def _check_arguments(
         raise EventLogError(f"batch_size={batch_size} rows cannot be shared evenly by process_count={process_count}.")
     if not 0 <= process_index < process_count:
         raise EventLogError(f"process_index={process_index}, expected 0..{process_count - 1}.")
+
+
+def targets_of(log: EventLog, view: View, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Where the targets of a batch are and which events they are: batch row, slot, example of the view, row of the log.
+
+    The batch is of a loader over this log and view with with_example=True and window="last"; raises ValueError where
+    its targets are other items than the log's.
+    """
+    batch_row, place = np.nonzero(batch["target"])
+    example_BR = batch["example"]
+    last_BR = np.concatenate([example_BR[:, 1:] != example_BR[:, :-1], np.ones((len(example_BR), 1), bool)], axis=1)
+    ends_BR = np.where(last_BR, np.arange(example_BR.shape[1]), example_BR.shape[1])
+    ends_BR = np.minimum.accumulate(ends_BR[:, ::-1], axis=1)[:, ::-1]
+    example = example_BR[batch_row, place].astype(np.int64) - 1
+    stop = view.target_start[example] + 1 if view.reading == "window" else view.stop[example]
+    row = stop - 1 - (ends_BR[batch_row, place] - place)
+    wrong = int((log.events["item_id"][row] != batch["target"][batch_row, place]).sum())
+    if wrong:
+        raise ValueError(
+            f"view {view.name!r}: {wrong} of {len(row)} targets are not the log's item at that event; "
+            'make the loader from the same log and view, with window="last".'
+        )
+    return batch_row, place, example, row

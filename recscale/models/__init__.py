@@ -1,5 +1,5 @@
 """One file per paper. A model file has Config, Model, flops(), param_groups() and width_factors()."""
 
-from recscale.models import hstu, sasrec
+from recscale.models import argus, hstu, sasrec, stu
 
-MODELS = {"hstu": hstu, "sasrec": sasrec}
+MODELS = {"argus": argus, "hstu": hstu, "sasrec": sasrec, "stu": stu}

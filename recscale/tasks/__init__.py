@@ -1,5 +1,5 @@
 """What is optimised and how it predicts."""
 
-from recscale.tasks import next_item
+from recscale.tasks import feedback, next_item, two_tower
 
-TASKS = {"next_item": next_item}
+TASKS = {"next_item": next_item, "feedback": feedback, "two_tower": two_tower}

@@ -7,6 +7,7 @@ gBCE arXiv 2308.07192; the corrected logQ loss arXiv 2507.09331.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ SAMPLERS = {"uniform": 1.0, "in_batch": 0.0, "mixed": 0.5}  # share of uniform d
 SHARED = ("token", "row", "batch")
 LOGQ = ("none", "standard", "corrected")
 SIMILARITIES = ("dot", "cosine")
+QUERY, LABEL = "query_", "label_"  # what the keys of features of the next event, and of its feedback, begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +89,40 @@ class Task:
 
     catalogue = "item"  # the table whose ids are ranked
 
-    def __init__(self, config: Config, num_items: int, contexts: tuple[str, ...] = ()):
-        """contexts: names of query-context columns, each with a small table of that name."""
+    tokens_per_event = 1
+    inside = ""  # where in the trained network the encoder is
+    heads: tuple[Any, ...] = ()  # feedback that is predicted too; see tasks/feedback.py
+    ranks_catalogue = True
+
+    def __init__(self, config: Any, num_items: int, inputs: tuple[str, ...] = (), queries: tuple[str, ...] = ()):
+        """inputs: features of past events, queries: of the event to predict, each with a small table of that name."""
         self.config = config
-        self.contexts = contexts
         self.num_items = num_items
+        self.input_features, self.query_features = inputs, queries
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features that are embedded."""
+        return tuple(dict.fromkeys((*self.input_features, *self.query_features)))
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """What a loader has to read: its arguments inputs, queries and labels."""
+        return {"inputs": self.input_features, "queries": self.query_features, "labels": ()}
+
+    def join(self, model: Any, dim: int, key: jax.Array) -> Any:
+        """The trained network of this task around an encoder; next item adds nothing to it."""
+        del dim, key
+        return model
+
+    def head_parameters(self, dim: int) -> int:
+        """Parameters that `join` adds."""
+        del dim
+        return 0
+
+    def head_flops(self, dim: int) -> float:
+        """Forward FLOPs of the loss per target: its scores."""
+        return 2.0 * dim * (self.num_items if self.needs_catalogue else 1 + self.config.negatives)
 
     @property
     def needs_frequency(self) -> bool:
@@ -125,7 +156,7 @@ class Task:
 
     def wanted(self, batch: dict[str, jax.Array]) -> dict[str, tuple[str, jax.Array]]:
         """What a step touches: name -> (table, ids); batch as `draw` returns it."""
-        ids = {"history": (self.catalogue, batch["item_id"])} | {name: (name, batch[name]) for name in self.contexts}
+        ids = {"history": (self.catalogue, batch["item_id"])} | self._described(batch)
         if self.config.loss == "full":
             return ids
         ids |= {"target": (self.catalogue, batch["target"]), "negative": (self.catalogue, batch["negative"])}
@@ -141,23 +172,27 @@ class Task:
         batch: dict[str, jax.Array],
         key: jax.Array,
         full_softmax: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+        **how: Any,
     ):
         """Mean loss over the supervised positions, in nats for the softmax losses, and {"loss", "targets"}.
 
         rows: vectors of what `wanted` names, same names. key: dropout. full_softmax: (queries [T, D], target ids [T],
-        0 = none) -> -log p [T] over the catalogue; needed by loss "full".
+        0 = none) -> -log p [T] over the catalogue; needed by loss "full". how: passed on to the model.
         """
-        query_BLD = self._query(model, rows, batch, key)
+        query_BLD = self._query(model, rows, batch, key, **how)
         weight_BL = (batch["target"] > 0).astype(jnp.float32)
-        if self.config.loss == "full":
-            assert full_softmax is not None
-            flat = query_BLD.reshape(-1, query_BLD.shape[-1])
-            loss_BL = full_softmax(flat, batch["target"].reshape(-1)).reshape(weight_BL.shape)
-        else:
-            loss_BL = self._sampled(query_BLD, rows, batch)
+        loss_BL = self._next_item(query_BLD, rows, batch, full_softmax)
         targets = weight_BL.sum()
         loss = (weight_BL * loss_BL).sum() / jnp.maximum(targets, 1.0)
         return loss, {"loss": loss, "targets": targets}
+
+    def _next_item(self, query_BLD, rows, batch, full_softmax):
+        """The loss [B, L] at every position, in nats for the softmax losses."""
+        if self.config.loss == "full":
+            assert full_softmax is not None
+            flat = query_BLD.reshape(-1, query_BLD.shape[-1])
+            return full_softmax(flat, batch["target"].reshape(-1)).reshape(batch["target"].shape)
+        return self._sampled(query_BLD, rows, batch)
 
     def queries(self, model, lookup: Callable[[str, jax.Array], jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
         """[B, L, D]: score of item v at a position = <query, item(vector of v)>; no dropout.
@@ -165,18 +200,25 @@ class Task:
         lookup: (table, ids) -> vectors.
         """
         rows = {"history": lookup(self.catalogue, batch["item_id"])}
-        rows |= {name: lookup(name, batch[name]) for name in self.contexts}
+        rows |= {name: lookup(*owned) for name, owned in self._described(batch).items()}
         return self._query(model, rows, batch, None)
 
     def item(self, vectors: jax.Array) -> jax.Array:
         """Vectors [..., D] of the item table, as they are scored against."""
         return l2_normalize(vectors) if self.config.similarity == "cosine" else vectors
 
-    def _query(self, model, rows, batch, key):
+    def _described(self, batch) -> dict[str, tuple[str, jax.Array]]:
+        """The features of a batch: key -> (table, ids)."""
+        found = {name: (name, batch[name]) for name in self.input_features}
+        return found | {QUERY + name: (name, batch[QUERY + name]) for name in self.query_features}
+
+    def _query(self, model, rows, batch, key, **how):
         x = rows["history"]
-        for name in self.contexts:
+        for name in self._described(batch):
             x = x + rows[name]
-        query = model(x, batch, key)
+        return self._scaled(model(x, batch, key, **how))
+
+    def _scaled(self, query):
         query = l2_normalize(query) if self.config.similarity == "cosine" else query
         return query / self.config.temperature
 

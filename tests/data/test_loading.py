@@ -117,17 +117,19 @@ def test_rows_hold_whole_segments_in_order(layout, window):
 def test_columns_line_up_with_input_and_next_event(layout):
     log = tail_log()
     view = splits.leave_one_out(log)["test"]
-    rows = one_pass(log, view, layout=layout, inputs=("rating", "watched_ms"), queries=("tab",))
+    rows = one_pass(log, view, layout=layout, inputs=("tab",), queries=("tab",), labels=("rating", "watched_ms"))
     real = rows["segment_ids"] > 0
     user, place = np.divmod(rows["item_id"][real] - 1, STRIDE)
     first = ORIGIN + np.min(np.arange(log.num_users)[log.lengths > 0])
     np.testing.assert_array_equal(rows["timestamp"][real], ORIGIN + 10 * place + user - first)
     np.testing.assert_array_equal(rows["query_timestamp"][real], rows["timestamp"][real] + 10)
-    np.testing.assert_array_equal(rows["rating"][real], rows["item_id"][real] / 2)
-    np.testing.assert_array_equal(rows["watched_ms"][real], rows["item_id"][real] * 3)
-    np.testing.assert_array_equal(rows["tab"][real], (place + 1) % 7 + 1)
+    np.testing.assert_array_equal(rows["label_rating"][real], (rows["item_id"][real] + 1) / 2)
+    np.testing.assert_array_equal(rows["label_watched_ms"][real], (rows["item_id"][real] + 1) * 3)
+    np.testing.assert_array_equal(rows["tab"][real], place % 7 + 1)
+    np.testing.assert_array_equal(rows["query_tab"][real], (place + 1) % 7 + 1)
     assert all(not values[~real].any() for values in rows.values())
-    assert {str(v.dtype) for n, v in rows.items() if n != "rating"} == {"int32"} and rows["rating"].dtype == np.float32
+    assert {str(v.dtype) for n, v in rows.items() if not n.startswith("label_")} == {"int32"}
+    assert rows["label_rating"].dtype == rows["label_watched_ms"].dtype == np.float32
 
 
 def test_history_is_input_only_and_targets_follow_it():
@@ -277,9 +279,10 @@ def test_order_only_logs_have_no_times():
         ({"process_index": 1}, "process_index=1"),
         ({"layout": "ragged"}, "layout='ragged'"),
         ({"window": "first"}, "window='first'"),
-        ({"inputs": ("likes",)}, "'likes' is missing"),
-        ({"inputs": ("tab",), "queries": ("tab",)}, "names must differ"),
-        ({"queries": ("timestamp",)}, "names must differ"),
+        ({"labels": ("likes",)}, "'likes' is missing"),
+        ({"inputs": ("likes",)}, "feature 'likes'"),
+        ({"inputs": ("tab", "tab")}, "may occur once"),
+        ({"queries": ("timestamp",)}, "feature 'timestamp'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str):
@@ -306,7 +309,7 @@ def test_wrong_logs_are_refused():
     with pytest.raises(EventLogError, match="expected integer seconds"):
         load("timestamp", log.events["timestamp"].astype(np.float64))
     with pytest.raises(EventLogError, match=r"'watched_ms'.*does not fit int32"):
-        load("watched_ms", log.events["watched_ms"] << 31, inputs=("watched_ms",))
+        load("watched_ms", log.events["watched_ms"] << 31, labels=("watched_ms",))
 
 
 def test_times_far_from_1970_fit_relative_to_the_first():

@@ -22,8 +22,8 @@ BATCH = {
 }
 
 
-def task(items: int = ITEMS, contexts: tuple[str, ...] = (), **changes) -> Task:
-    return Task(dataclasses.replace(BASE, **changes), items, contexts)
+def task(items: int = ITEMS, queries: tuple[str, ...] = (), **changes) -> Task:
+    return Task(dataclasses.replace(BASE, **changes), items, queries=queries)
 
 
 def with_negatives(t: Task, negative) -> Task:
@@ -288,11 +288,11 @@ def test_a_step_wants_what_its_loss_reads():
     """Ids of the batch with its draws, each for the table that holds it."""
 
     def wanted(**changes):
-        t = task(contexts=("surface",), **changes)
-        batch = t.draw(BATCH | {"surface": BATCH["target"] % 3}, jax.random.key(0))
+        t = task(queries=("surface",), **changes)
+        batch = t.draw(BATCH | {"query_surface": BATCH["target"] % 3}, jax.random.key(0))
         return t, {name: (owner, ids.shape) for name, (owner, ids) in t.wanted(batch).items()}
 
-    always = {"history": ("item", (2, 4)), "surface": ("surface", (2, 4))}
+    always = {"history": ("item", (2, 4)), "query_surface": ("surface", (2, 4))}
     t, found = wanted(loss="full")
     assert found == always and t.needs_catalogue and not t.needs_frequency
     drawn = {"target": ("item", (2, 4)), "negative": ("item", (2, 4))}
@@ -305,8 +305,8 @@ def test_a_step_wants_what_its_loss_reads():
 
 def test_queries_and_item_vectors_give_the_scores_of_the_loss():
     table, context = embeddings(), np.random.default_rng(5).normal(size=(4, DIM)).astype(np.float32)
-    t = task(contexts=("surface",), loss="full", similarity="cosine", temperature=0.5)
-    batch = BATCH | {"surface": np.array([[1, 2, 0, 0], [3, 3, 1, 2]], np.int32)}
+    t = task(queries=("surface",), loss="full", similarity="cosine", temperature=0.5)
+    batch = BATCH | {"query_surface": np.array([[1, 2, 0, 0], [3, 3, 1, 2]], np.int32)}
     tables = {"item": jnp.asarray(table), "surface": jnp.asarray(context)}
     query, vectors = jax.jit(
         lambda tables, batch: (

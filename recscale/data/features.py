@@ -1,0 +1,99 @@
+"""Features of an event as small integer ids, read by name: what a model embeds beside the item.
+
+A name is one of:
+
+* a context column of the log (tab, surface, device): its own ids, 0 = unknown;
+* a feedback column (like, played ratio, rating): 1 + the value of an integer-coded one, else 1 + the bucket of its
+  value between EDGES;
+* `items/NAME`: an item column, at the event's item. Integers become codes 1.. of their distinct values, floats become
+  deciles over the items;
+* `hour` (1..24) and `weekday` (1..7) of the log's clock;
+* `item_id`, the item itself.
+
+Only what is known before the item is chosen may describe a query: `known_before` says which those are.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from recscale.data.event_log import Column, EventLog, EventLogError
+
+ITEM = "items/"
+# Fine below 1, where ratios are; halves up to 5, where ratings are. Fixed, so that no bucket depends on later events.
+EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.05, 1.25, *np.arange(1.75, 5.0, 0.5)], np.float32)
+DECILES = 10
+CLOCK = {"hour": (3_600, 24), "weekday": (86_400, 7)}  # name -> (seconds of a step, steps of a round)
+
+
+class Feature(NamedTuple):
+    """Ids 0..cardinality - 1 of a feature, 0 = unknown; `read` takes rows of the log, int64 [n], and gives int32."""
+
+    cardinality: int
+    read: Callable[[np.ndarray], np.ndarray]
+
+
+def open_feature(log: EventLog, name: str) -> Feature:
+    """The feature of this name; raises EventLogError where the log has none, or the column is not one."""
+    if name in CLOCK:
+        return _clock(log, name)
+    if name == "item_id":
+        ids = np.asarray(log.events["item_id"])
+        return Feature(log.num_items + 1, lambda rows: ids.take(rows).astype(np.int32))
+    if name.startswith(ITEM):
+        return _of_item(log, name)
+    if name not in log.columns or not _is_feature(log.columns[name]):
+        raise EventLogError(f"feature {name!r}: {log.path} has {available(log)}.")
+    column = log.columns[name]
+    values = np.asarray(log.events[name])  # a plain view of the memory map
+    if column.kind == "context":
+        assert column.cardinality is not None
+        return Feature(column.cardinality, lambda rows: values.take(rows).astype(np.int32))
+    if column.cardinality:
+        return Feature(column.cardinality + 1, lambda rows: values.take(rows).astype(np.int32) + 1)
+
+    def bucket(rows: np.ndarray) -> np.ndarray:
+        found = values.take(rows).astype(np.float32)
+        return np.where(np.isnan(found), 0, 1 + np.searchsorted(EDGES, found, side="right")).astype(np.int32)
+
+    return Feature(len(EDGES) + 2, bucket)
+
+
+def available(log: EventLog) -> list[str]:
+    """Names of all features of a log."""
+    events = [name for name, column in log.columns.items() if _is_feature(column)]
+    items = [ITEM + name for name, values in log.items.items() if values.ndim == 1]
+    return events + items + (list(CLOCK) if "timestamp" in log.events else [])
+
+
+def known_before(log: EventLog, name: str) -> bool:
+    """Whether the feature of an event is known before its item is chosen: contexts and the clock are."""
+    return name in CLOCK or (name in log.columns and log.columns[name].kind == "context")
+
+
+def _is_feature(column: Column) -> bool:
+    return column.kind == "feedback" or (column.kind == "context" and column.cardinality is not None)
+
+
+def _clock(log: EventLog, name: str) -> Feature:
+    if "timestamp" not in log.events:
+        raise EventLogError(f"feature {name!r}: {log.path} has no timestamps.")
+    times, (seconds, steps) = np.asarray(log.events["timestamp"]), CLOCK[name]
+    return Feature(steps + 1, lambda rows: (times.take(rows) // seconds % steps + 1).astype(np.int32))
+
+
+def _of_item(log: EventLog, name: str) -> Feature:
+    column = name.removeprefix(ITEM)
+    if column not in log.items or log.items[column].ndim != 1:
+        raise EventLogError(f"feature {name!r}: {log.path} has {available(log)}.")
+    known = np.asarray(log.items[column][1:])
+    if known.dtype.kind == "f":
+        edges = np.unique(np.nanquantile(known, np.arange(1, DECILES) / DECILES))
+        codes, size = np.where(np.isnan(known), 0, 1 + np.searchsorted(edges, known, side="right")), len(edges) + 1
+    else:
+        found, codes = np.unique(known, return_inverse=True)
+        codes, size = codes + 1, len(found)
+    codes = np.concatenate([[0], codes]).astype(np.int32)
+    items = np.asarray(log.events["item_id"])
+    return Feature(size + 1, lambda rows: codes.take(items.take(rows)))

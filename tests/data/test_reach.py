@@ -1,0 +1,102 @@
+"""Which later event a position is trained on, and how old a vector is, against plain loops; and through a loader."""
+
+import numpy as np
+import pytest
+
+from recscale.data.event_log import Column, EventLog, EventLogError
+from recscale.data.loading import Loader
+from recscale.data.reach import Reach, draw_ahead, last_until
+from recscale.data.splits import View
+
+RNG = np.random.default_rng(0)
+LENGTHS = np.array([30, 1, 25, 40])
+OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
+TIMES = np.concatenate([np.cumsum(RNG.choice([0, 5, 50, 4000], n)) for n in LENGTHS]).astype(np.int64)
+LIKE = (RNG.random(len(TIMES)) < 0.3).astype(np.int8)
+
+
+def log() -> EventLog:
+    events = {"item_id": np.arange(1, len(TIMES) + 1, dtype=np.int32), "timestamp": TIMES, "like": LIKE}
+    columns = {"item_id": Column("id"), "timestamp": Column("time"), "like": Column("feedback", 2)}
+    return EventLog(OFFSETS, events, columns, num_items=len(TIMES))
+
+
+def view() -> View:
+    user = np.array([0, 2, 3], np.int32)
+    return View("train", user, OFFSETS[user], OFFSETS[user] + 1, OFFSETS[user + 1])
+
+
+def test_the_newest_event_not_after_a_time():
+    begin = np.repeat(OFFSETS[:-1], LENGTHS)
+    last = np.arange(len(TIMES))
+    for limit in (TIMES - 60, TIMES, TIMES - 10**9):
+        found = last_until(TIMES, begin, last, limit)
+        for first, here, at, row in zip(begin, last, limit, found, strict=True):
+            fits = [r for r in range(first, here + 1) if TIMES[r] <= at]
+            assert row == (fits[-1] if fits else first - 1)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_every_event_of_the_horizon_is_drawn_evenly_and_no_other(positive):
+    stop = np.repeat(OFFSETS[1:], LENGTHS)
+    here, horizon = np.arange(len(TIMES)), 4100
+    counted = np.concatenate([[0], np.cumsum(LIKE)]) if positive else None
+    draws = np.stack([draw_ahead(TIMES, counted, here, stop, horizon, (1, np.full(len(here), e))) for e in range(3000)])
+    for row in range(len(TIMES)):
+        ahead = [r for r in range(row + 1, stop[row]) if TIMES[r] <= TIMES[row] + horizon and (not positive or LIKE[r])]
+        seen, counts = np.unique(draws[:, row], return_counts=True)
+        assert set(seen) == (set(ahead) or {-1})
+        expected = 3000 / max(len(ahead), 1)
+        assert np.square(counts - expected).sum() / expected < 4 * len(counts) + 20
+
+
+def test_a_loader_trains_on_events_of_the_horizon_and_changes_them_from_epoch_to_epoch():
+    made = log()
+    loader = Loader(made, view(), batch_size=3, length=64, layout="padded", reach=Reach(4100, "like"))
+    epochs = [loader[i] for i in range(40)]
+    seen = set()
+    for batch in epochs:
+        at = np.nonzero(batch["target"])
+        here, there = batch["item_id"][at] - 1, batch["target"][at] - 1
+        assert (there > here).all() and (TIMES[there] <= TIMES[here] + 4100).all() and LIKE[there].all()
+        assert (np.searchsorted(OFFSETS, there, "right") == np.searchsorted(OFFSETS, here, "right")).all()
+        seen |= set(zip(here.tolist(), there.tolist(), strict=True))
+        np.testing.assert_array_equal(batch["query_timestamp"][at], TIMES[there] - TIMES[OFFSETS[:-1]].min())
+    assert len(seen) > 1.5 * max((batch["target"] > 0).sum() for batch in epochs)
+    for i in (0, 7):  # the same batch whenever it is read
+        again = Loader(made, view(), batch_size=3, length=64, layout="padded", reach=Reach(4100, "like"))[i]
+        assert all(np.array_equal(again[name], epochs[i][name]) for name in again)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_lagged_slots_are_old_enough_and_as_new_as_that_allows(layout):
+    lag, gap = 60, 100
+    loader = Loader(log(), view(), batch_size=1, length=48, row_length=96, layout=layout, reach=Reach(0, "", lag, gap))
+    checked = 0
+    for i in range(loader.steps_per_epoch):
+        batch = {name: values[0] for name, values in loader[i].items()}
+        for slot in np.flatnonzero(batch["target"]):
+            row = batch["target"][slot] - 1
+            first = row
+            begin = OFFSETS[np.searchsorted(OFFSETS, row, "right") - 1]
+            while first > begin and TIMES[first] - TIMES[first - 1] <= gap:
+                first -= 1
+            oldest = batch["item_id"][slot - batch["positions"][slot]] - 1
+            fits = [r for r in range(oldest, row) if TIMES[r] <= TIMES[first] - lag]
+            lagged = batch["lagged"][slot]
+            assert (batch["item_id"][lagged - 1] - 1 if lagged else None) == (fits[-1] if fits else None)
+            assert batch["request"][slot] == 1 + first
+            checked += 1
+    assert checked > 90
+
+
+def test_what_cannot_be_is_refused():
+    for wrong, message in (
+        ({"horizon": -1}, "at least 0"),
+        ({"lag": 5}, "request_gap"),
+        ({"positive": "like"}, "horizon"),
+    ):
+        with pytest.raises(EventLogError, match=message):
+            Reach(**wrong)
+    with pytest.raises(EventLogError, match="'love'"):
+        Reach(60, "love").open(log())
