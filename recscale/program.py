@@ -87,8 +87,9 @@ def program(
     if task.needs_frequency:
         specs[FREQUENCY] = Table(num_items, 1, fixed=True)
     model: ModuleType = MODELS[config.model_name]
-    model_config = model.Config(**config.model, base=_base_shape(config))
-    tokens = config.loader.length * task.tokens_per_event
+    prefix = {"prefix": task.prefix} if task.prefix else {}
+    model_config = model.Config(**config.model, **prefix, base=_base_shape(config))
+    tokens = config.loader.length * task.tokens_per_event + task.prefix
     if tokens > model_config.max_length:
         each = f" with {task.tokens_per_event} tokens an event" if task.tokens_per_event > 1 else ""
         raise ValueError(
@@ -261,7 +262,8 @@ def abstract_batch(run: Program) -> dict[str, jax.ShapeDtypeStruct]:
     read = run.task.columns
     types = dict.fromkeys([*names, *read["inputs"], *(QUERY + name for name in read["queries"])], jnp.int32)
     types |= {LABEL + name: jnp.float32 for name in read["labels"]}
-    shape, layout = (c.loader.batch_size, c.loader.row_length or c.loader.length), NamedSharding(run.mesh, BATCH)
+    longest = c.loader.length + run.task.prefix // run.task.tokens_per_event
+    shape, layout = (c.loader.batch_size, c.loader.row_length or longest), NamedSharding(run.mesh, BATCH)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
 
 

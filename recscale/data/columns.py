@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from recscale.data.event_log import EventLog, EventLogError
-from recscale.data.features import open_feature
+from recscale.data.features import USER, open_feature
 
 INT32_MAX = np.iinfo(np.int32).max
 QUERY, LABEL = "query_", "label_"  # what the keys of a feature of the next event, and of a raw value of it, begin with
@@ -38,8 +38,9 @@ def columns(
 ) -> dict[str, tuple[Reader, int]]:
     """Batch key -> (reader, how many events ahead of the input it is read).
 
-    item_id, target; timestamp and query_timestamp where the log has times; NAME for the features `inputs`, query_NAME
-    for the features `queries`, label_NAME for the columns `labels`, which are read as they are, in float32.
+    item_id, target; timestamp and query_timestamp where the log has times; NAME for the features `inputs` (but for
+    those of users, which are of no event), query_NAME for the features `queries`, label_NAME for the columns `labels`,
+    which are read as they are, in float32.
     """
     for group in (inputs, queries, labels):
         if len(set(group)) < len(group):
@@ -51,7 +52,7 @@ def columns(
     if "timestamp" in log.events:
         times = Column(log, "timestamp", time_origin(log))
         found |= {"timestamp": (times, 0), "query_timestamp": (times, 1)}
-    found |= {name: (open_feature(log, name).read, 0) for name in inputs}
+    found |= {name: (open_feature(log, name).read, 0) for name in inputs if not name.startswith(USER)}
     found |= {QUERY + name: (open_feature(log, name).read, 1) for name in queries}
     return found | {LABEL + name: (_as_float(Column(log, name)), 1) for name in labels}
 

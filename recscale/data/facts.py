@@ -9,9 +9,12 @@ KNOWN: dict[str, dict[str, int]] = {
     "beauty": {"users": 22_363, "items": 12_101, "events": 198_502},
     "sports": {"users": 35_598, "items": 18_357, "events": 296_337},
     "toys": {"users": 19_412, "items": 11_924, "events": 167_597},
+    "yelp": {"users": 30_431, "items": 20_033, "events": 316_354},
     # The archive: all standard exposures of 8 April to 8 May 2022. The parquet form: 25 April to 8 May only.
     "kuairand-pure/archive": {"events": 1_436_609},
     "kuairand-pure/parquet": {"users": 25_156, "items": 6_361, "events": 228_329},
+    # At most 50 exposures a user of 9 to 24 April (817,187 in all), then those of 25 April to 8 May.
+    "kuairand-pure-watch": {"users": 27_077, "items": 7_502, "events": 1_045_516},
 }
 
 

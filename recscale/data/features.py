@@ -7,20 +7,22 @@ A name is one of:
   value between EDGES;
 * `items/NAME`: an item column, at the event's item. Integers become codes 1.. of their distinct values, floats become
   deciles over the items;
+* `users/NAME`, a user column, coded like an item's: not of an event, but a slot of its own before the user's first one
+  (the contextual prefix of the production HSTU);
 * `hour` (1..24) and `weekday` (1..7) of the log's clock;
 * `item_id`, the item itself.
 
 Only what is known before the item is chosen may describe a query: `known_before` says which those are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from recscale.data.event_log import Column, EventLog, EventLogError
 
-ITEM = "items/"
+ITEM, USER = "items/", "users/"
 # Fine below 1, where ratios are; halves up to 5, where ratings are. Fixed, so that no bucket depends on later events.
 EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.05, 1.25, *np.arange(1.75, 5.0, 0.5)], np.float32)
 DECILES = 10
@@ -28,7 +30,10 @@ CLOCK = {"hour": (3_600, 24), "weekday": (86_400, 7)}  # name -> (seconds of a s
 
 
 class Feature(NamedTuple):
-    """Ids 0..cardinality - 1 of a feature, 0 = unknown; `read` takes rows of the log, int64 [n], and gives int32."""
+    """Ids 0..cardinality - 1 of a feature, 0 = unknown; `read` takes rows of the log, int64 [n], and gives int32.
+
+    That of a user takes users.
+    """
 
     cardinality: int
     read: Callable[[np.ndarray], np.ndarray]
@@ -42,7 +47,13 @@ def open_feature(log: EventLog, name: str) -> Feature:
         ids = np.asarray(log.events["item_id"])
         return Feature(log.num_items + 1, lambda rows: ids.take(rows).astype(np.int32))
     if name.startswith(ITEM):
-        return _of_item(log, name)
+        items, values = np.asarray(log.events["item_id"]), _described(log, log.items, name)
+        codes, size = _codes(values[1:])
+        codes = np.concatenate([np.zeros(1, np.int32), codes])
+        return Feature(size, lambda rows: codes.take(items.take(rows)))
+    if name.startswith(USER):
+        codes, size = _codes(_described(log, log.users, name))
+        return Feature(size, codes.take)
     if name not in log.columns or not _is_feature(log.columns[name]):
         raise EventLogError(f"feature {name!r}: {log.path} has {available(log)}.")
     column = log.columns[name]
@@ -63,8 +74,9 @@ def open_feature(log: EventLog, name: str) -> Feature:
 def available(log: EventLog) -> list[str]:
     """Names of all features of a log."""
     events = [name for name, column in log.columns.items() if _is_feature(column)]
-    items = [ITEM + name for name, values in log.items.items() if values.ndim == 1]
-    return events + items + (list(CLOCK) if "timestamp" in log.events else [])
+    tables = ((ITEM, log.items), (USER, log.users))
+    described = [kind + name for kind, table in tables for name, values in table.items() if values.ndim == 1]
+    return events + described + (list(CLOCK) if "timestamp" in log.events else [])
 
 
 def known_before(log: EventLog, name: str) -> bool:
@@ -83,17 +95,18 @@ def _clock(log: EventLog, name: str) -> Feature:
     return Feature(steps + 1, lambda rows: (times.take(rows) // seconds % steps + 1).astype(np.int32))
 
 
-def _of_item(log: EventLog, name: str) -> Feature:
-    column = name.removeprefix(ITEM)
-    if column not in log.items or log.items[column].ndim != 1:
+def _described(log: EventLog, table: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    column = name.partition("/")[2]
+    if column not in table or table[column].ndim != 1:
         raise EventLogError(f"feature {name!r}: {log.path} has {available(log)}.")
-    known = np.asarray(log.items[column][1:])
-    if known.dtype.kind == "f":
-        edges = np.unique(np.nanquantile(known, np.arange(1, DECILES) / DECILES))
-        codes, size = np.where(np.isnan(known), 0, 1 + np.searchsorted(edges, known, side="right")), len(edges) + 1
-    else:
-        found, codes = np.unique(known, return_inverse=True)
-        codes, size = codes + 1, len(found)
-    codes = np.concatenate([[0], codes]).astype(np.int32)
-    items = np.asarray(log.events["item_id"])
-    return Feature(size + 1, lambda rows: codes.take(items.take(rows)))
+    return np.asarray(table[column])
+
+
+def _codes(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Codes int32 from 1 (0 = NaN), by distinct integer or by decile, and how many ids there are with 0."""
+    if values.dtype.kind == "f":
+        edges = np.unique(np.nanquantile(values, np.arange(1, DECILES) / DECILES))
+        codes = np.where(np.isnan(values), 0, 1 + np.searchsorted(edges, values, side="right"))
+        return codes.astype(np.int32), len(edges) + 2
+    found, codes = np.unique(values, return_inverse=True)
+    return (codes + 1).astype(np.int32), len(found) + 1

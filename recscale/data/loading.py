@@ -14,6 +14,7 @@ import numpy as np
 from recscale.data import packing
 from recscale.data.columns import columns
 from recscale.data.event_log import EventLog, EventLogError
+from recscale.data.features import USER, open_feature
 from recscale.data.reach import Reach
 from recscale.data.splits import View, check_view, runs
 from recscale.data.stochastic_length import kept_lengths, kept_offsets
@@ -41,7 +42,8 @@ class Loader:
     * timestamp, query_timestamp int32, where the log has times: seconds since the log's first event, at the input and
       at the next event;
     * NAME int32 for the features `inputs` (data/features.py), at the input event; query_NAME int32 for the features
-      `queries` and label_NAME float32 for the columns `labels`, at the next event;
+      `queries` and label_NAME float32 for the columns `labels`, at the next event. An input users/NAME takes a slot of
+      its own at the beginning of every example, which holds it and nothing else;
     * example int32, with `with_example`: 1 + index into the view.
 
     reach: where training looks further than the next event, or a vector is older than it (data/reach.py); it may make
@@ -82,8 +84,10 @@ class Loader:
         process_count: int = 1,
         with_example: bool = False,
     ):
-        row_length = length if row_length is None else row_length
-        _check_arguments(batch_size, length, row_length, layout, window, process_index, process_count)
+        self._prefix = [(name, open_feature(log, name).read) for name in inputs if name.startswith(USER)]
+        longest = length + len(self._prefix)
+        row_length = longest if row_length is None else row_length
+        _check_arguments(batch_size, longest, row_length, layout, window, process_index, process_count)
         if alpha < 2.0 and reach is not None and reach.lag is not None:
             raise EventLogError(f"alpha = {alpha} with lag = {reach.lag}: a lag needs all events; expected alpha = 2.")
         check_view(log, view)
@@ -101,16 +105,17 @@ class Loader:
         self._all = np.minimum(available, length)
         self._spare = available - self._all
         self._count = self._all if alpha == 2.0 else kept_lengths(self._all, length, alpha, seed=seed)
+        self._user, wide = view.user, self._count + len(self._prefix)
         if layout == "padded":
-            self._plan = packing.plan_padded(self._count, row_length)
+            self._plan = packing.plan_padded(wide, row_length)
         elif shuffle:
-            self._plan = packing.plan(self._count, row_length, seed=seed)
+            self._plan = packing.plan(wide, row_length, seed=seed)
         else:
-            self._plan = packing.plan_in_order(self._count, row_length)
+            self._plan = packing.plan_in_order(wide, row_length)
         self.num_rows = self._plan.num_rows
         self.steps_per_epoch = -(-self.num_rows // batch_size)
         self.real_tokens = int(self._count.sum())
-        self.fill = self._plan.fill(self._count)
+        self.fill = self._plan.fill(wide)
         targets = self._stop - self._target_start
         self.num_targets = int(np.minimum(targets, self._count).sum())
         self.cut_targets = int(targets.sum()) - self.num_targets
@@ -174,18 +179,16 @@ class Loader:
         part = np.repeat(np.repeat(np.arange(len(parts)), [len(places) for _, places in parts]), per_row)
         first = np.stack([epoch.first[segment] for epoch, _ in parts])[part, np.arange(len(segment))]
 
-        count = self._count[segment]
-        before = np.cumsum(count) - count  # tokens of the batch before each segment
-        owner = np.repeat(np.arange(len(segment)), count)  # each token's segment
+        prefix, count = len(self._prefix), self._count[segment]
+        wide = count + prefix
+        before = np.cumsum(wide) - wide  # slots of the batch before each segment
+        owner = np.repeat(np.arange(len(segment)), wide)  # each slot's segment
         position = np.arange(len(owner)) - before[owner]
+        event = position >= prefix
         number = np.array([epoch.number for epoch, _ in parts])[part]
-        place = position
-        if self._count is not self._all:
-            place = kept_offsets(self._all[segment], count, seed=self.seed, epoch=number, example=segment)
-        here = first[owner] + place
-        there = np.where(position + 1 < count[owner], np.append(here[1:], 0), first[owner] + self._all[segment][owner])
+        here, there = self._rows(segment, first, count, number)
         row_tokens = np.zeros(self.local_rows, np.int64)
-        row_tokens[: len(rows)] = np.add.reduceat(count, np.cumsum(per_row) - per_row) if len(rows) else 0
+        row_tokens[: len(rows)] = np.add.reduceat(wide, np.cumsum(per_row) - per_row) if len(rows) else 0
         slots = np.flatnonzero(np.arange(self.row_length) < row_tokens[:, None])  # rows fill from the left
 
         def spread(values: np.ndarray) -> np.ndarray:
@@ -193,21 +196,41 @@ class Loader:
             flat[slots] = values
             return flat.reshape(self.local_rows, self.row_length)
 
-        more = {}
+        def spread_events(values: np.ndarray) -> np.ndarray:
+            if not prefix:
+                return spread(values)
+            wider = np.zeros(len(owner), values.dtype)
+            wider[event] = values
+            return spread(wider)
+
+        more, of = {}, owner[event]
         if self._reach is not None:
-            stream = (self.seed, number[owner])
-            there, more = self._reach(here, there, first[owner], self._stop[segment][owner], stream)
-        batch = {name: spread(read(there if ahead else here)) for name, (read, ahead) in self._columns.items()}
-        batch["target"] *= spread((there >= self._target_start[segment][owner]) & (there > here))
+            stream = (self.seed, number[of])
+            there, more = self._reach(here, there, first[of], self._stop[segment][of], stream)
+        batch = {name: spread_events(read(there if ahead else here)) for name, (read, ahead) in self._columns.items()}
+        batch["target"] *= spread_events((there >= self._target_start[segment][of]) & (there > here))
         batch["positions"] = spread(position.astype(np.int32))
         batch["segment_ids"] = spread((1 + runs(np.zeros_like(per_row), per_row)).astype(np.int32)[owner])
+        for place, (name, read) in enumerate(self._prefix):
+            batch[name] = spread(np.where(position == place, read(self._user[segment])[owner], 0).astype(np.int32))
         if "lagged" in more:  # from a row of the log to 1 + its slot in the batch's row
-            back = here - more["lagged"]
-            batch["lagged"] = spread(np.where(back <= position, slots % self.row_length - back + 1, 0).astype(np.int32))
-            batch["request"] = spread(more["request"].astype(np.int32))
+            back, slot = here - more["lagged"], (slots % self.row_length)[event]
+            known = back <= position[event] - prefix
+            batch["lagged"] = spread_events(np.where(known, slot - back + 1, 0).astype(np.int32))
+            batch["request"] = spread_events(more["request"].astype(np.int32))
         if self._with_example:
             batch["example"] = spread((segment + 1).astype(np.int32)[owner])
         return batch
+
+    def _rows(self, segment, first, count, number) -> tuple[np.ndarray, np.ndarray]:
+        """The log's row of every input of these examples, and of the event that follows it."""
+        owner = np.repeat(np.arange(len(segment)), count)
+        place = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
+        last = np.append(owner[1:] != owner[:-1], True)[: len(owner)]
+        if self._count is not self._all:
+            place = kept_offsets(self._all[segment], count, seed=self.seed, epoch=number, example=segment)
+        here = first[owner] + place
+        return here, np.where(last, first[owner] + self._all[segment][owner], np.append(here[1:], 0)[: len(owner)])
 
 
 def _check_arguments(

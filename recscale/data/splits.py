@@ -1,4 +1,4 @@
-"""Which events are history and which are targets: leave-one-out, held-out users, global time, next window.
+"""Which events are history and which are targets: leave-one-out, held-out users, global time, days, next window.
 
 Every split keeps the order of the log, counts what it leaves out in `View.dropped` and asserts that nothing leaks.
 """
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from recscale.data.event_log import EventLog, EventLogError
+
+DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,35 @@ def global_time(
     return _checked(log, views, by_time=True)
 
 
+def daily(
+    log: EventLog,
+    test_from: int,
+    days: int,
+    gap: int = 0,
+    val_from: int | None = None,
+    keep_new_users: bool = False,
+) -> dict[str, View]:
+    """Train once, evaluate day by day: "train" (and "val") as in `global_time`, then "day1" .. "day{days}".
+
+    Targets of day i: time in [test_from + (i - 1) days, test_from + i days), days of 86,400 seconds on the log's own
+    clock. Everything before a target is its history, earlier test days too: the model stays as it was trained, what it
+    reads grows. Users without a training event are dropped from every day unless `keep_new_users`, which makes their
+    first event history (so their first day loses it as a target). Raises EventLogError as `global_time` does.
+    """
+    if days < 1:
+        raise EventLogError(f"daily: days={days}, expected at least 1.")
+    views = global_time(log, test_from, val_from, gap, keep_new_users=keep_new_users)
+    del views["test"]
+    begin, _ = _ends(log)
+    known = _first_at(log, (test_from if val_from is None else val_from) - gap) > begin
+    first = _first_at(log, test_from)
+    for day in range(1, days + 1):
+        last = _first_at(log, test_from + day * DAY)
+        views[f"day{day}"] = _view(f"day{day}", begin, first, last, known=known, keep_new=keep_new_users)
+        first = last
+    return _checked(log, views, by_time=True)
+
+
 def next_window(log: EventLog, at: int, window: int, val_at: int | None = None) -> dict[str, View]:
     """Targets are all events in [at, at + window) at once, predicted from what came before (reading "window").
 
@@ -148,6 +179,7 @@ SPLITS = {
     "leave_one_out": leave_one_out,
     "by_user": by_user,
     "global_time": global_time,
+    "daily": daily,
     "next_window": next_window,
 }
 
@@ -218,13 +250,14 @@ def check_view(log: EventLog, view: View) -> None:
 
 
 def check_no_leak(log: EventLog, views: Mapping[str, View], by_time: bool = False) -> None:
-    """Raise EventLogError where a side reads a target of a later one (train, then val, then test).
+    """Raise EventLogError where a side reads a target of a later one (train, val, test; train, val, day1, day2, ...).
 
     by_time: also where a side reads anything, of any user, that is not earlier than every target of a later one.
     """
     for view in views.values():
         check_view(log, view)
-    order = [views[name] for name in ("train", "val", "test") if name in views]
+    days = sorted((name for name in views if name.startswith("day")), key=lambda name: int(name.removeprefix("day")))
+    order = [views[name] for name in ("train", "val", "test", *days) if name in views]
     for i, earlier in enumerate(order):
         for later in order[i + 1 :]:
             seen_until, first_target = np.zeros(log.num_users, np.int64), np.full(log.num_users, log.num_events + 1)

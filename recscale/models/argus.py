@@ -1,7 +1,7 @@
 """The encoder of ARGUS (arXiv 2507.15994): a causal pre-norm Transformer, 12 depth width^2 parameters.
 
 The paper names sizes and contexts (512 to 8,192), not the block: ours is the standard one, without biases, with an MLP
-of four widths, so that all four sizes come out to rounding. Its heads and tokens are those of tasks/feedback.py. Times
+of four widths, so that all four sizes come out to rounding (scaling/recipes.py has them). Its heads and tokens are those of tasks/feedback.py. Times
 enter as a bucketed relative bias of the scores, computed inside the attention kernel (`time_bias`), which the paper
 leaves open; `query_time` is as in models/hstu.py.
 """
@@ -20,8 +20,6 @@ from recscale.mesh import recompute
 
 EPS = 1e-6
 QUERY_TIMES = ("next_event", "last_event")
-SIZES = {"mini": (4, 256), "small": (6, 512), "medium": (10, 1024), "large": (20, 2048)}
-"""Size of the paper -> (depth, width). Only the numbers of parameters of mini, medium and large are published."""
 
 
 @dataclasses.dataclass(frozen=True)

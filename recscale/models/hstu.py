@@ -6,6 +6,7 @@ of the event being predicted (`query_time`).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,28 +79,35 @@ class Layer(nnx.Module):
         self.time_bias = nnx.Param(normal(keys[4], (NUM_TIME_BUCKETS,))) if c.time_bias else None
 
     def __call__(self, c: Config, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        (q, k, v), u = self.project(c, x_BLD)
+        o = attention(q, k, v, batch["segment_ids"], self.bias(c, batch), **self.rules(c))
+        return self.finish(c, x_BLD, o, u, key)
+
+    def project(self, c: Config, x_BLD: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+        """Queries, keys [B, L, H, qk_dim] and values [B, L, H, v_dim]; and the gate u, which `finish` takes."""
         B, L, _ = x_BLD.shape
         z = _activate(matmul(layer_norm(x_BLD, EPS), self.uvqk[...]))
         gated, keyed = c.heads * c.v_dim, c.heads * c.qk_dim
         u, v, q, k = jnp.split(z, (gated, 2 * gated, 2 * gated + keyed), axis=-1)
-        o = attention(
-            q.reshape(B, L, c.heads, c.qk_dim),
-            k.reshape(B, L, c.heads, c.qk_dim),
-            v.reshape(B, L, c.heads, c.v_dim),
-            batch["segment_ids"],
-            self._bias(c, batch),
-            kind="silu",
-            n=c.n,
-            scale=c.base.head_dim / c.qk_dim if c.base else 1.0,
-        )
-        g = dropout(u * layer_norm(o.reshape(B, L, gated), EPS), c.dropout, key)
-        return x_BLD + matmul(g, self.out[...]) + self.out_bias[...].astype(x_BLD.dtype).reshape(1, 1, -1)
+        q, k = (a.reshape(B, L, c.heads, c.qk_dim) for a in (q, k))
+        return (q, k, v.reshape(B, L, c.heads, c.v_dim)), u
 
-    def _bias(self, c: Config, batch: dict[str, jax.Array]) -> Bias:
+    def rules(self, c: Config) -> dict[str, Any]:
+        """How attention is computed: keyword arguments of kernels/attention.py."""
+        return {"kind": "silu", "n": c.n, "scale": c.base.head_dim / c.qk_dim if c.base else 1.0}
+
+    def bias(self, c: Config, batch: dict[str, jax.Array]) -> Bias:
+        """The relative bias of the positions in `batch`, as queries and as keys."""
         if self.time_bias is None:
             return Bias(self.position_bias[...])
         query_time = batch["query_timestamp"] if c.query_time == "next_event" else batch["timestamp"]
         return Bias(self.position_bias[...], self.time_bias[...], query_time, batch["timestamp"])
+
+    def finish(self, c: Config, x_BLD: jax.Array, o_BLHE: jax.Array, u: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The layer's output from its input and what attention returned."""
+        o = o_BLHE.reshape(*x_BLD.shape[:2], c.heads * c.v_dim)
+        g = dropout(u * layer_norm(o, EPS), c.dropout, key)
+        return x_BLD + matmul(g, self.out[...]) + self.out_bias[...].astype(x_BLD.dtype).reshape(1, 1, -1)
 
 
 class Model(nnx.Module):
@@ -126,22 +134,33 @@ class Model(nnx.Module):
         """
         c = self.config
         keys = None if key is None else jax.random.split(key, c.depth + 1)
-        x = x_BLD * (c.base.embed_dim if c.base else c.embed_dim) ** 0.5 + self.positions[...].at[
-            batch["positions"]
-        ].get(mode="clip")
-        x = dropout(x, c.dropout, None if keys is None else keys[-1]) * (batch["segment_ids"] > 0)[:, :, None]
-        x = x.astype(c.dtype)
-        if self.up is not None:
-            x = matmul(x, self.up[...])
+        x = self.embed(x_BLD, batch, None if keys is None else keys[-1])
 
         def step(x, layer_and_key):
             layer, layer_key = layer_and_key
             return layer(c, x, batch, layer_key), None
 
-        layer_keys = None if keys is None else keys[:-1]
-        x, _ = jax.lax.scan(wrap(step), x, (self.layers, layer_keys))
-        if self.down is not None:
-            x = matmul(x, self.down[...])
+        x, _ = jax.lax.scan(wrap(step), x, (self.layers, None if keys is None else keys[:-1]))
+        return self.readout(x)
+
+    def embed(self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """What the first layer reads, [B, L, width]."""
+        c = self.config
+        x = x_BLD * (c.base.embed_dim if c.base else c.embed_dim) ** 0.5 + self.positions[...].at[
+            batch["positions"]
+        ].get(mode="clip")
+        x = dropout(x, c.dropout, key) * (batch["segment_ids"] > 0)[:, :, None]
+        x = x.astype(c.dtype)
+        return x if self.up is None else matmul(x, self.up[...])
+
+    def stages(self) -> tuple[tuple[Layer, None], ...]:
+        """The stacked layers, and what happens to the states after them: nothing (see serve/cache.py)."""
+        return ((self.layers, None),)
+
+    def readout(self, x_BLD: jax.Array) -> jax.Array:
+        """Hidden states [B, L, embed_dim], float32, from what the last layer gives."""
+        c = self.config
+        x = x_BLD if self.down is None else matmul(x_BLD, self.down[...])
         x = x.astype(jnp.float32)
         return x * (c.base.embed_dim / c.embed_dim) if c.base else x
 

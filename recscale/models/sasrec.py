@@ -5,12 +5,13 @@ layers.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from recscale.kernels.attention import attention
+from recscale.kernels.attention import Bias, attention
 from recscale.layers.norms import LayerNorm, Linear, dropout, truncated_normal
 from recscale.layers.width_transfer import BaseShape, Factors
 from recscale.mesh import recompute
@@ -64,17 +65,34 @@ class Block(nnx.Module):
         self.ffn_in = Linear(c.width, c.ffn, xavier, keys[2])
         self.ffn_out = Linear(c.ffn, c.width, xavier, keys[3])
 
-    def __call__(self, c: Config, x_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, c: Config, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        (q, k, v), rest = self.project(c, x_BLD)
+        o = attention(q, k, v, batch["segment_ids"], self.bias(c, batch), **self.rules(c))
+        return self.finish(c, x_BLD, o, rest, key)
+
+    def project(self, c: Config, x_BLD: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        """Queries, keys and values [B, L, H, D / H]; and nothing more for `finish`."""
         B, L, D = x_BLD.shape
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        q, k, v = (
-            part.reshape(B, L, c.heads, D // c.heads)
-            for part in jnp.split(self.qkv(self.norm_attention(x_BLD)), 3, axis=-1)
-        )
-        head_dim = D // c.heads
+        parts = jnp.split(self.qkv(self.norm_attention(x_BLD)), 3, axis=-1)
+        q, k, v = (part.reshape(B, L, c.heads, D // c.heads) for part in parts)
+        return (q, k, v), None
+
+    def rules(self, c: Config) -> dict[str, Any]:
+        """How attention is computed: keyword arguments of kernels/attention.py."""
+        head_dim = c.width // c.heads
         scale = head_dim**-0.5 * ((c.base.head_dim / head_dim) ** 0.5 if c.base else 1.0)
-        a = attention(q, k, v, segment_ids_BL, kind="softmax", n=c.max_length, scale=scale).reshape(B, L, D)
-        x = x_BLD + dropout(self.out(a), c.dropout, keys[0])
+        return {"kind": "softmax", "n": c.max_length, "scale": scale}
+
+    def bias(self, c: Config, batch: dict[str, jax.Array]) -> Bias:
+        """No relative bias."""
+        del c, batch
+        return Bias()
+
+    def finish(self, c: Config, x_BLD: jax.Array, o_BLHE: jax.Array, rest: None, key: jax.Array | None) -> jax.Array:
+        """The block's output from its input and what attention returned."""
+        del rest
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = x_BLD + dropout(self.out(o_BLHE.reshape(x_BLD.shape)), c.dropout, keys[0])
         hidden = dropout(ACTIVATIONS[c.activation](self.ffn_in(self.norm_ffn(x))), c.dropout, keys[1])
         return x + dropout(self.ffn_out(hidden), c.dropout, keys[2])
 
@@ -101,21 +119,33 @@ class Model(nnx.Module):
         wrap: put around the body of the scan over blocks (see recscale/mesh.py).
         """
         c = self.config
-        x = x_BLD * (c.base.embed_dim if c.base else c.embed_dim) ** 0.5 + self.positions[...].at[
-            batch["positions"]
-        ].get(mode="clip")
         keys = None if key is None else jax.random.split(key, c.depth + 1)
-        x = dropout(x, c.dropout, None if keys is None else keys[-1]).astype(c.dtype)
-        if self.up is not None:
-            x = self.up(x)
+        x = self.embed(x_BLD, batch, None if keys is None else keys[-1])
 
         def step(x, block_and_key):
             block, block_key = block_and_key
-            return block(c, x, batch["segment_ids"], block_key), None
+            return block(c, x, batch, block_key), None
 
-        block_keys = None if keys is None else keys[:-1]
-        x, _ = jax.lax.scan(wrap(step), x, (self.blocks, block_keys))
-        x = self.norm(x)
+        x, _ = jax.lax.scan(wrap(step), x, (self.blocks, None if keys is None else keys[:-1]))
+        return self.readout(x)
+
+    def embed(self, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """What the first block reads, [B, L, width]."""
+        c = self.config
+        x = x_BLD * (c.base.embed_dim if c.base else c.embed_dim) ** 0.5 + self.positions[...].at[
+            batch["positions"]
+        ].get(mode="clip")
+        x = dropout(x, c.dropout, key).astype(c.dtype)
+        return x if self.up is None else self.up(x)
+
+    def stages(self) -> tuple[tuple[Block, None], ...]:
+        """The stacked blocks, and what happens to the states after them: nothing (see serve/cache.py)."""
+        return ((self.blocks, None),)
+
+    def readout(self, x_BLD: jax.Array) -> jax.Array:
+        """Hidden states [B, L, embed_dim], float32, from what the last block gives."""
+        c = self.config
+        x = self.norm(x_BLD)
         x = (x if self.down is None else self.down(x)).astype(jnp.float32)
         return x * (c.base.embed_dim / c.embed_dim) if c.base else x
 

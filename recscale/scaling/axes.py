@@ -100,11 +100,18 @@ def encoder_depth(base: ConfigDict, depth: int) -> ConfigDict:
     return config
 
 
+def encoder_size(base: ConfigDict, size: str) -> ConfigDict:
+    """Encoder axis: one dial for depth and width together, the sizes of ARGUS (scaling/recipes.py)."""
+    config = recipes.argus(base, size).unlock()
+    config.cell.coordinates.update({"width": config.model.width, "depth": config.model.depth})
+    return config.lock()
+
+
 AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
     "table": {"rows": table_rows, "dim": table_dim, "kind": table_kind},
     "data": {"users": data_users, "events": data_events},
     "context": {"history": context_history, "features": context_features},
-    "encoder": {"width": encoder_width, "depth": encoder_depth},
+    "encoder": {"width": encoder_width, "depth": encoder_depth, "size": encoder_size},
 }
 
 

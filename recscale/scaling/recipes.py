@@ -36,6 +36,33 @@ def head_dim(config: ConfigDict) -> int:
     return config.model.qk_dim if "qk_dim" in config.model else config.model.width // config.model.heads
 
 
+ARGUS = {
+    "nano": (2, 64),
+    "micro": (3, 128),
+    "mini": (4, 256),
+    "small": (6, 512),
+    "medium": (10, 1024),
+    "large": (20, 2048),
+}
+"""Dial of the ARGUS encoder -> (depth, width): 12 depth width^2 parameters. From mini on arXiv 2507.15994 (3.2 M, small
+unpublished, 126 M, 1 B); below it ours, each half as wide."""
+
+
+def argus(base: ConfigDict, size: str) -> ConfigDict:
+    """A locked copy of the config with the encoder of this size: depth, width, heads, and learning rate by sqrt rule.
+
+    Raises ValueError for a size that is not in ARGUS.
+    """
+    if size not in ARGUS:
+        raise ValueError(f"size {size!r}: expected one of {tuple(ARGUS)}")
+    config = base.copy_and_resolve_references().unlock()
+    depth, width = ARGUS[size]
+    if config.optim.parametrisation == "sp":
+        config.optim.learning_rate = learning_rate(base.optim.learning_rate, base.model.width, width)
+    config.model.update({"depth": depth, "width": width, "heads": heads(width)})
+    return config.lock()
+
+
 def width_transfer(config: ConfigDict) -> ConfigDict:
     """A locked copy of the config whose own shape is the base of width transfer (layers/width_transfer.py).
 

@@ -27,10 +27,9 @@ import numpy as np
 
 from recscale.layers.heads import Head, Ranker, head_parameters
 from recscale.tasks import next_item
-from recscale.tasks.next_item import LABEL, QUERY
+from recscale.tasks.next_item import ITEM_FEATURE, LABEL, QUERY
 
 TOKENS = {"collapsed": 1, "interleaved": 2, "literal": 3}
-ITEM_FEATURE = "items/"  # what the names of features of an item begin with; those of others are contexts or feedback
 CANDIDATE = QUERY + "item_id"
 
 
@@ -116,7 +115,7 @@ class Task(next_item.Task):
     inside = "encoder."
 
     def __init__(self, config: Config, num_items: int, inputs: tuple[str, ...] = (), queries: tuple[str, ...] = ()):
-        """inputs: features of past events (feedback, contexts, items/NAME); queries: contexts of the next event.
+        """inputs: features of past events (feedback, contexts, items/NAME) and of users; queries: of the next event.
 
         A feature of an item describes candidates too. Raises ValueError for a form that has nothing to tell.
         """
@@ -245,7 +244,7 @@ class Task(next_item.Task):
             at_query, parts = hidden, [hidden, candidate, hidden * candidate]
             parts += [next_context] if self.query_features else []
         else:
-            first = (batch["positions"] == 0)[:, :, None]
+            first = (batch["positions"] == self.prefix // self.tokens_per_event)[:, :, None]
             tokens = [said + jnp.where(first, item + context, 0.0)]
             if self.config.form == "interleaved":
                 tokens.append(candidate + next_context)

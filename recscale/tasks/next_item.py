@@ -20,6 +20,7 @@ SAMPLERS = {"uniform": 1.0, "in_batch": 0.0, "mixed": 0.5}  # share of uniform d
 SHARED = ("token", "row", "batch")
 LOGQ = ("none", "standard", "corrected")
 SIMILARITIES = ("dot", "cosine")
+USER_FEATURE, ITEM_FEATURE = "users/", "items/"  # what names of features of users and items begin with
 QUERY, LABEL = "query_", "label_"  # what the keys of features of the next event, and of its feedback, begin with
 
 
@@ -104,6 +105,11 @@ class Task:
     def features(self) -> tuple[str, ...]:
         """Names of the features that are embedded."""
         return tuple(dict.fromkeys((*self.input_features, *self.query_features)))
+
+    @property
+    def prefix(self) -> int:
+        """Positions that an encoder finds before the first event of a user: one per feature of users and token."""
+        return self.tokens_per_event * sum(name.startswith(USER_FEATURE) for name in self.input_features)
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:

@@ -69,3 +69,11 @@ def test_only_contexts_and_the_clock_are_known_before_an_item():
 def test_what_is_no_feature_is_refused_with_a_list_of_those_there_are(name):
     with pytest.raises(EventLogError, match=rf"feature '{name}'.*'items/author'"):
         open_feature(log(), name)
+
+
+def test_users_have_features_of_their_own():
+    made = log()
+    made = type(made)(**vars(made) | {"users": {"age": np.array([30])}})
+    feature = open_feature(made, "users/age")
+    assert feature.read(np.array([0])).tolist() == [1] and feature.cardinality == 2
+    assert not known_before(made, "users/age")

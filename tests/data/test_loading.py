@@ -352,3 +352,43 @@ def test_importing_the_loader_does_not_import_tensorflow():
     code = "import recscale.data.loading, sys; print('tensorflow' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@LAYOUTS
+def test_features_of_users_take_slots_before_the_events_and_change_nothing_else(layout):
+    log = tail_log()
+    log = dataclasses.replace(log, users={"a": np.arange(log.num_users) % 3, "b": np.arange(log.num_users) % 5})
+    view = splits.leave_one_out(log)["train"]
+    how = {"batch_size": 1, "length": 9, "queries": ("tab",), "labels": ("rating",), "with_example": True}
+    plain = Loader(log, view, **how, row_length=9, layout="padded", shuffle=False)
+    wide = Loader(log, view, **how, row_length=22, layout=layout, shuffle=False, inputs=("users/a", "tab", "users/b"))
+    found = {}
+    for i in range(wide.steps_per_epoch):
+        batch = {name: values[0] for name, values in wide[i].items()}
+        for segment in range(1, batch["segment_ids"].max() + 1):
+            part = {name: values[batch["segment_ids"] == segment] for name, values in batch.items()}
+            found[int(part["example"][0]) - 1] = part
+    assert len(found) == len(view)
+    for example, part in found.items():
+        user = view.user[example]
+        assert part["users/a"].tolist() == [user % 3 + 1] + [0] * (len(part["example"]) - 1)
+        assert part["users/b"].tolist() == [0, user % 5 + 1] + [0] * (len(part["example"]) - 2)
+        assert part["positions"].tolist() == list(range(len(part["example"])))
+        alone = {name: values[0][: len(part["example"]) - 2] for name, values in plain[example].items()}
+        for name in alone.keys() - {"positions", "segment_ids", "example"}:
+            assert not part[name][:2].any()
+            np.testing.assert_array_equal(part[name][2:], alone[name], err_msg=name)
+
+
+def test_thinned_examples_keep_their_last_target_and_differ_from_epoch_to_epoch():
+    log = coded_log(np.full(20, 400))
+    view = splits.leave_one_out(log)["train"]
+    loader = Loader(log, view, batch_size=20, length=512, layout="padded", alpha=1.6)
+    assert set(loader.lengths) == {round(512**0.8), 397}
+    first, second = loader[0], loader[1]
+    for batch in (first, second):
+        for item, target in zip(batch["item_id"], batch["target"], strict=True):
+            kept = np.count_nonzero(item)
+            assert (target[: kept - 1] == item[1:kept]).all() and (np.diff(item[:kept]) > 0).all()
+            assert (target[kept - 1] - 1) % STRIDE == 397
+    assert not np.array_equal(np.sort(first["item_id"], axis=0), np.sort(second["item_id"], axis=0))

@@ -141,6 +141,41 @@ def test_unseen_items_match_brute_force():
     np.testing.assert_array_equal(splits.target_rows(views["test"]), expected)
 
 
+@pytest.mark.parametrize("keep_new_users", [False, True])
+def test_days_match_brute_force(keep_new_users: bool):
+    log = random_timed_log()
+    times = log.events["timestamp"] * (DAY // 100)  # 1,000 units are ten days
+    log = dataclasses.replace(log, events={**log.events, "timestamp": times})
+    views = splits.daily(log, 6 * DAY, 3, gap=DAY // 10, val_from=5 * DAY, keep_new_users=keep_new_users)
+    assert list(views) == ["train", "val", "day1", "day2", "day3"]
+    user = np.repeat(np.arange(log.num_users), log.lengths)
+    known = np.isin(user, np.unique(user[times < 5 * DAY - DAY // 10]))
+    first = np.isin(np.arange(log.num_events), log.offsets[:-1])
+    for day in (1, 2, 3):
+        view = views[f"day{day}"]
+        inside = (times >= (5 + day) * DAY) & (times < (6 + day) * DAY)
+        expected = np.flatnonzero(inside & (~first if keep_new_users else known))
+        assert len(expected) > 100
+        np.testing.assert_array_equal(splits.target_rows(view), expected)
+        np.testing.assert_array_equal(view.start, log.offsets[view.user])  # all the past, earlier days too
+    whole = splits.global_time(log, 6 * DAY, 5 * DAY, DAY // 10, keep_new_users=keep_new_users)
+    assert runs(views["train"]) == runs(whole["train"]) and runs(views["val"]) == runs(whole["val"])
+
+
+def test_days_have_sharp_edges_and_no_leak():
+    log = make_log([7], times=[[0, 1, DAY - 1, DAY, 2 * DAY - 1, 2 * DAY, 9 * DAY]])
+    views = splits.daily(log, test_from=DAY, days=2)
+    assert runs(views["train"]) == [(0, 0, 1, 3)]
+    assert runs(views["day1"]) == [(0, 0, 3, 5)] and runs(views["day2"]) == [(0, 0, 5, 6)]
+    longer = dataclasses.replace(views["day1"], stop=views["day1"].stop + 1)
+    with pytest.raises(EventLogError, match="'day1' reads events that are targets of 'day2'"):
+        splits.check_no_leak(log, {**views, "day1": longer})
+    with pytest.raises(EventLogError, match="days=0"):
+        splits.daily(log, test_from=DAY, days=0)
+    with pytest.raises(EventLogError, match="day3 has no example"):
+        splits.daily(log, test_from=DAY, days=3)
+
+
 def test_next_window_reads_all_targets_at_once():
     log = make_log([6, 3, 2], times=[[1, 5, 10, 14, 15, 21], [12, 13, 30], [1, 2]])
     views = splits.next_window(log, at=10, window=5)
@@ -227,7 +262,7 @@ def test_masks_expand_from_examples_to_targets():
 
 
 def test_every_split_is_in_the_table():
-    assert set(splits.SPLITS) == {"leave_one_out", "by_user", "global_time", "next_window"}
+    assert set(splits.SPLITS) == {"leave_one_out", "by_user", "global_time", "daily", "next_window"}
     assert splits.SPLITS["leave_one_out"] is splits.leave_one_out
 
 

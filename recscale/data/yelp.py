@@ -1,0 +1,30 @@
+"""Yelp, the businesses that users reviewed in 2019, 5-core, as in S3-Rec and LETTER: real second-level times, no ties.
+
+A user may come back to a business: 11,830 of the 316,354 events repeat an earlier item of their user.
+
+Sources, one of:
+
+* text: S3-Rec's sequences (RUCAIBox/CIKM2020-S3Rec, arXiv:2008.07873), lines "user item item ...": order only;
+* parquet: user_id, item_id, timestamp, pos in S3-Rec's ids and order.
+
+The forms are those of S3-Rec's Amazon sets, and so is the reader.
+"""
+
+from recscale.data import amazon2014
+from recscale.data.sources import Dataset, Layout
+
+LICENCE = "Yelp Dataset licence: academic use only, no redistribution"
+
+DATASETS = {
+    "yelp": Dataset(
+        "yelp",
+        (
+            Layout("text", {"events": "Yelp.txt"}),
+            Layout("parquet", {"events": "yelp.parquet"}, folder="yelp"),
+        ),
+        amazon2014.load,
+        LICENCE,
+        "https://github.com/RUCAIBox/CIKM2020-S3Rec (data/Yelp.txt); the reviews: https://www.yelp.com/dataset",
+        allow_repeats=True,
+    )
+}
