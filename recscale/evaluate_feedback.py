@@ -1,7 +1,11 @@
 """Evaluation of predicted feedback: every target is an impression; how well is what the user made of it foretold?
 
 Metrics are those of recscale/ranking_metrics.py per head, named METRIC/COLUMN ("auc/is_click"). Requests are those of
-recscale/data/requests.py; a log that has neither times nor requests gives no metric inside them.
+recscale/data/requests.py; a log that has neither times nor requests gives no metric inside them. Rows that repeat the
+one before (KuaiRand has some) tell their own answer and count in no metric.
+
+`gauc`, `pair_accuracy` and `ndcg_in_request` compare impressions of one user. They are sound only where those are
+scored from one state of the user (loader.request_gap): a state that has seen earlier answers orders by itself.
 """
 
 import functools
@@ -15,7 +19,7 @@ from jax.sharding import NamedSharding
 from recscale import ranking_metrics, reading
 from recscale.data.event_log import EventLog
 from recscale.data.loading import targets_of
-from recscale.data.requests import GAP, request_ids
+from recscale.data.requests import GAP, repeats, request_ids
 from recscale.data.splits import View
 from recscale.mesh import BATCH, REPLICATED, place_same
 from recscale.metrics import NonFiniteScore
@@ -35,8 +39,8 @@ def evaluate_feedback(
     """Predict the feedback of every target of a view; returns (rows, per_target).
 
     rows: {step, split, slice, metric, value, stderr, n} as recscale.evaluate gives them, stderr clustered by user.
-    per_target, in order of (example, row of the log): `example`, `row`, `user`, `request`, and per head `label/COLUMN`
-    (for an ordinal head how many edges it passes) and `score/COLUMN`. slices: per_target -> masks over the targets.
+    per_target, in order of (example, row of the log): `example`, `row`, `user`, `request`, `repeat`, and per head
+    `label/COLUMN` (for an ordinal head how many edges it passes) and `score/COLUMN`. slices: per_target -> masks.
     poll: called at every batch; may raise. Raises ValueError where the view has targets of another log,
     NonFiniteScore where the state diverged.
     """
@@ -61,7 +65,10 @@ def evaluate_feedback(
     per_target["user"] = view.user[per_target["example"]].astype(np.int64)
     per_target["request"] = _requests(run.log, run.config.loader.request_gap)[per_target["row"]]
     per_target |= {f"label/{c}": run.task.graded(c, per_target[f"label/{c}"]) for c, _ in run.task.heads}
-    masks = {"all": np.ones(len(per_target["row"]), bool), **slices(per_target)}
+    again = repeats(run.log) if "timestamp" in run.log.events else np.zeros(run.log.num_events, bool)
+    per_target["repeat"] = again[per_target["row"]]
+    once = ~per_target["repeat"]
+    masks = {"all": once} | {name: mask & once for name, mask in slices(per_target).items()}
     return _rows(run.task.heads, per_target, masks, {"step": step, "split": view.name}), per_target
 
 

@@ -49,6 +49,11 @@ def cardinalities(config: ml_collections.ConfigDict, log: EventLog) -> dict[str,
             f"loader.horizon = {c.horizon} trains on later events than the next: use no loader.queries and, with a "
             "time bias, model.query_time = 'last_event'"
         )
+    if c.request_gap and "form" in config.task and config.task.form != "collapsed":
+        raise ValueError(
+            f"loader.request_gap = {c.request_gap} with task.form = {config.task.form!r}: only collapsed tokens can be "
+            "read from an older state of the user"
+        )
     return {name: open_feature(log, name).cardinality for name in dict.fromkeys((*c.inputs, *c.queries))}
 
 

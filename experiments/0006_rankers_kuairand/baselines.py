@@ -52,7 +52,8 @@ ITEM_CODES = ("video_type", "upload_type", "tag")
 DRIFTING = ("auc", "gauc", "normalised_entropy", "concordance", "mse")
 BOOSTING = {
     "learning_rate": 0.05, "num_leaves": 31, "min_data_in_leaf": 100, "feature_fraction": 0.7, "bagging_fraction": 0.8,
-    "bagging_freq": 1, "lambda_l2": 5.0, "deterministic": True, "force_row_wise": True, "verbosity": -1, "num_threads": 1,
+    "bagging_freq": 1, "lambda_l2": 5.0, "deterministic": True, "force_row_wise": True, "verbosity": -1,
+    "num_threads": 1,
 }  # fmt: skip
 ROUNDS, PATIENCE = 1_500, 50
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the logistic regression, chosen on val

@@ -58,6 +58,13 @@ def hstu(config: ConfigDict, form: str) -> ConfigDict:
     return config.lock()
 
 
+def frozen(config: ConfigDict) -> ConfigDict:
+    """Feedback from the state of the user before the request, in training and in evaluation."""
+    config = config.copy_and_resolve_references().unlock()
+    config.loader.update({"lag": 1, "request_gap": REQUEST_GAP})
+    return config.lock()
+
+
 def fine(config: ConfigDict, warm_start: str) -> ConfigDict:
     """Two towers on pairs of impressions of one request, from nothing or from a pre-trained run."""
     config = config.copy_and_resolve_references().unlock()
@@ -90,6 +97,7 @@ def _configs() -> dict[str, ConfigDict]:
     for seed in SEEDS:
         made = {"argus": base(), "argus-ranker": _ranker_alone(base())}
         made |= {f"hstu-{form}": hstu(base(), form) for form in ("collapsed", "interleaved")}
+        made |= {"argus-frozen": frozen(base()), "hstu-frozen": frozen(hstu(base(), "collapsed"))}
         made |= {"window-next": window(base(), 0), "window-dense": window(base(), 3 * DAY)}
         made |= {"fine-alone": fine(base(), ""), "fine-after": fine(base(), str(RUNS / f"argus-s{seed}"))}
         for name, config in made.items():
@@ -158,18 +166,23 @@ def table(folder: Path) -> list[dict[str, Any]]:
 def comparisons(folder: Path) -> list[dict[str, Any]]:
     """Pairs of models with the same seed, paired over users: difference of every metric and its 95 % interval."""
     pairs = [("argus-ranker", "argus"), ("fine-alone", "fine-after"), ("hstu-collapsed", "hstu-interleaved")]
-    pairs += [("argus", "hstu-collapsed"), ("window-next", "window-dense")]
+    pairs += [("argus", "hstu-collapsed"), ("argus-frozen", "hstu-frozen"), ("window-next", "window-dense")]
     lines = []
     for before, after in pairs:
         for seed in SEEDS:
             runs = [folder / f"{name}-s{seed}" for name in (before, after)]
             if all((run / "DONE").exists() for run in runs):
                 lines += _compared(runs, {"from": before, "to": after, "seed": seed})
-    boosted = sorted((folder / "baselines").glob("lightgbm_seed*")) if (folder / "baselines").is_dir() else []
-    for seed, file in enumerate(boosted):
-        for after in ("argus", "hstu-collapsed", "hstu-interleaved"):
-            if (folder / f"{after}-s{seed}" / "DONE").exists():
-                lines += _compared([file, folder / f"{after}-s{seed}"], {"from": "lightgbm", "to": after, "seed": seed})
+    against = {
+        "lightgbm": ("argus", "hstu-collapsed", "hstu-interleaved"),
+        "lightgbm_frozen": ("argus-frozen", "fine-after"),
+    }
+    for before, others in against.items():
+        for seed in SEEDS:
+            for after in others:
+                runs = [folder / "baselines" / f"{before}_seed{seed}", folder / f"{after}-s{seed}"]
+                if runs[0].is_dir() and (runs[1] / "DONE").exists():
+                    lines += _compared(runs, {"from": before, "to": after, "seed": seed})
     return lines
 
 

@@ -120,10 +120,10 @@ def _scores(pair, q, k, line, time, sights: Sights, c: Settings):
     if line is not None:
         piece = jax.lax.dynamic_slice(line, (_line_start(pair, q.shape[0], c),), (2 * c.block,))
         scores += _toeplitz(piece)[None, None]
-    entry = None
-    if time is not None:
-        entry = time_entry(sights.query_time[here], sights.time[there])
-        scores += _look_up(time, entry, c)[:, None]
+    if time is None or sights.query_time is None or sights.time is None:
+        return scores, mask, None
+    entry = time_entry(sights.query_time[here], sights.time[there])
+    scores += _look_up(time, entry, c)[:, None]
     return scores, mask, entry
 
 
@@ -233,12 +233,10 @@ def backward(q, k, v, line, time, sights: Sights, c: Settings, d_out, log_norm, 
         per_query = None if delta is None else (log_norm[here], delta[here])
         weights, d_scores = KINDS[c.kind].back(scores, mask, d_weights, per_query, c)
         dv += _product("bhqk,bhqe->bhke", weights.astype(v.dtype), d_out[here])
-        if d_line is not None or d_time is not None:
-            d_bias = d_scores.sum(axis=1)
         if d_line is not None:
-            d_line += _diagonal_sums(d_bias)
-        if d_time is not None:
-            d_time += _sums_by_entry(d_bias, entry, c)
+            d_line += _diagonal_sums(d_scores.sum(axis=1))
+        if entry is not None:
+            d_time += _sums_by_entry(d_scores.sum(axis=1), entry, c)
         low = (c.scale * d_scores).astype(q.dtype)
         dq += _product("bhqk,bhkd->bhqd", low, k[there])
         dk += _product("bhqk,bhqd->bhkd", low, q[here])
@@ -255,10 +253,11 @@ def backward(q, k, v, line, time, sights: Sights, c: Settings, d_out, log_norm, 
         d_line = None if line is None else jax.lax.dynamic_update_slice_in_dim(d_line, new[3], at, axis=1)
         return (_put(dq, new[0], here), _put(dk, new[1], there), _put(dv, new[2], there), d_line, new[4]), None
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    zeros += tuple(None if x is None else jnp.zeros((q.shape[1], x.shape[0]), jnp.float32) for x in (line, time))
-    (*grads, d_line, d_time), _ = jax.lax.scan(visit, zeros, (pairs, needed(sights, pairs, c)))
-    return (*grads, *(None if x is None else x.sum(axis=0) for x in (d_line, d_time)))
+    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    d_line, d_time = (None if x is None else jnp.zeros((q.shape[1], x.shape[0]), jnp.float32) for x in (line, time))
+    zeros = (dq, dk, dv, d_line, d_time)
+    (dq, dk, dv, d_line, d_time), _ = jax.lax.scan(visit, zeros, (pairs, needed(sights, pairs, c)))
+    return dq, dk, dv, *(None if x is None else x.sum(axis=0) for x in (d_line, d_time))
 
 
 def _put(x: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:

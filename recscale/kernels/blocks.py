@@ -40,11 +40,11 @@ def _short(q_BHLD, k_BHLD, v_BHLE, position, time, sights: Sights, c: Settings) 
         stop = min(length, start + block)
         lowest = max(0, start - c.window + 1) if c.window and not c.prefix else 0
         query, key = slice(start, stop), slice(lowest, min(length, stop + max(0, c.prefix - 1)))
-        first, last, query_time = (_columns(x, query) for x in (sights.first, sights.last, sights.query_time))
-        targets, key_time = (_columns(x, key) for x in (sights.targets, sights.time))
+        seen = Spans(sights.first[:, query], sights.last[:, query])
+        times = _columns(sights.query_time, query), _columns(sights.time, key)
         out = attend(
-            slots_L[query], q_BHLD[:, :, query], Spans(first, last),
-            slots_L[key], k_BHLD[:, :, key], v_BHLE[:, :, key], targets, Bias(position, time, query_time, key_time),
+            slots_L[query], q_BHLD[:, :, query], seen, slots_L[key], k_BHLD[:, :, key], v_BHLE[:, :, key],
+            _columns(sights.targets, key), Bias(position, time, *times),
             kind=c.kind, n=c.n, scale=c.scale, window=c.window, prefix=c.prefix,
         )  # fmt: skip
         outputs.append(out)
@@ -78,15 +78,14 @@ def _backward(c: Settings, kept, d_out):
 
     def run(c: Settings, q, k, v, position, time, sights, d_out, log_norm, delta):
         length = q.shape[2]
-        blocks = [None if x is None else _split(x, c.block) for x in (q, k, v, d_out, log_norm, delta)]
-        line = _line(position, length, c)
-        *grads, d_line, d_time = block_scan.backward(
-            *blocks[:3], line, time, _split_sights(sights, c), c, *blocks[3:]
-        )  # fmt: skip
+        q, k, v, d_out = (_split(x, c.block) for x in (q, k, v, d_out))
+        log_norm, delta = (None if x is None else _split(x, c.block) for x in (log_norm, delta))
+        line, seen = _line(position, length, c), _split_sights(sights, c)
+        dq, dk, dv, d_line, d_time = block_scan.backward(q, k, v, line, time, seen, c, d_out, log_norm, delta)
         d_position = None
         if d_line is not None:
             d_position = jnp.zeros(position.shape, jnp.float32).at[_distances(length, c)].add(d_line)
-        return (*(_join(x, length).astype(q.dtype) for x in grads), d_position, d_time)
+        return (*(_join(x, length) for x in (dq, dk, dv)), d_position, d_time)
 
     grads = _by_platform(run, c, q, k, v, position, time, sights, d_out, log_norm, delta)
     inputs = (q, k, v, position, time)
@@ -109,13 +108,13 @@ def _block_size(length: int, largest: int, multiple: int) -> int:
     return math.ceil(length / math.ceil(length / largest) / multiple) * multiple
 
 
-def _split(x: jax.Array, block: int, axis: int = 2) -> jax.Array:
-    """[B, .., L, ..] to [N, B, .., Q, ..], padded with zeros."""
+def _split(x: jax.Array, block: int, axis: int = 2, fill: int = 0) -> jax.Array:
+    """[B, .., L, ..] to [N, B, .., Q, ..], padded."""
     count = math.ceil(x.shape[axis] / block)
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, count * block - x.shape[axis])
     shape = (*x.shape[:axis], count, block, *x.shape[axis + 1 :])
-    return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
+    return jnp.moveaxis(jnp.pad(x, widths, constant_values=fill).reshape(shape), axis, 0)
 
 
 def _join(x: jax.Array, length: int) -> jax.Array:
@@ -125,9 +124,11 @@ def _join(x: jax.Array, length: int) -> jax.Array:
 
 
 def _split_sights(sights: Sights, c: Settings) -> Sights:
-    """Padding sees nothing: its last is -1."""
-    split = [None if x is None else _split(x, c.block, axis=1) for x in sights._replace(last=sights.last + 1)]
-    return Sights(*split)._replace(last=split[1] - 1)
+    """What is added to fill the last block sees nothing, as padding does."""
+    length = sights.first.shape[1]
+    targets, query_time, time = (None if x is None else _split(x, c.block, axis=1) for x in sights[2:])
+    first, last = _split(sights.first, c.block, 1, fill=length), _split(sights.last, c.block, 1, fill=-1)
+    return Sights(first, last, targets, query_time, time)
 
 
 def _distances(length: int, c: Settings) -> jax.Array:

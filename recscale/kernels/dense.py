@@ -46,6 +46,7 @@ def attend(
     if bias.position is not None:
         scores += bias.position[position_entry(i_Q, j_K, n)][None, None]
     if bias.time is not None:
+        assert bias.query_time_BL is not None and bias.time_BL is not None
         scores += bias.time[time_entry(bias.query_time_BL, bias.time_BL)][:, None]
     weights = WEIGHTS[kind](scores, mask_BQK[:, None], n)
     out = jnp.einsum("bhqk,bhke->bhqe", weights.astype(v_BHKE.dtype), v_BHKE, preferred_element_type=jnp.float32)

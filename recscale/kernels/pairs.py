@@ -59,8 +59,8 @@ def spans(segment_ids_BL: jax.Array, prefix: int) -> Spans:
 
 def visible(spans_BQ: Spans, i_Q: jax.Array, j_K: jax.Array, window: int, prefix: int, targets_BK) -> jax.Array:
     """Mask [B, Q, K]: query slot i sees key slot j. spans_BQ: of the queries; targets_BK: of the keys, or None."""
-    first_BQ1, last_BQ1 = spans_BQ.first_BL[:, :, None], spans_BQ.last_BL[:, :, None]
-    i_1Q1, j_11K = i_Q[None, :, None], j_K[None, None, :]
+    first_BQ1, i_1Q1, j_11K = spans_BQ.first_BL[:, :, None], i_Q[None, :, None], j_K[None, None, :]
+    last_BQ1 = spans_BQ.last_BL[:, :, None] if prefix else i_1Q1  # without a prefix, the same for every row
     mask_BQK = (j_11K >= first_BQ1) & (j_11K <= last_BQ1)
     if window:
         near_BQK = i_1Q1 - j_11K < window

@@ -309,7 +309,7 @@ def _table_kernel(options: Options, size: int, ahead: int, rows: int, heads: int
         x = part + turn * parts
         b, i = jax.lax.div(x, blocks), jax.lax.rem(x, blocks)
         j = i + ahead - d
-        needed = tiles.meet(*(ranges[b, i, column] for column in range(4)), j)
+        needed = tiles.meet([ranges[b, i, column] for column in range(4)], j)
         count, zeros = needed.astype(jnp.int32) * heads, jnp.zeros((size, size), jnp.float32)
         slopes = jax.lax.fori_loop(0, count, functools.partial(of_head, b, i, j), zeros)
         if time_out is not None:

@@ -1,17 +1,15 @@
 """Attention kernels for TPUs (Pallas, Mosaic): forward, and backward in three passes (queries, keys, bias tables).
 
 The grid walks, for every block, only as many blocks of the other side as the widest range of the batch has
-(`tiles.Ranges`, prefetched scalars), and steps beyond a block's own range do nothing and load nothing. Looking up the
-tables: the position bias of a tile is a slice of the table, rolled by one more in each row; the time bucket is computed
-per pair and gathered from one vector register of entries. The gradients of the tables come from a pass by distance of
-the blocks: tiles of one distance are added up and summed along their diagonals afterwards, and the buckets that occur
-in a tile, few where times are in order, are summed one by one. Nothing of the size of all pairs is ever in memory.
+(`tiles.Ranges`, prefetched scalars), and steps beyond a block's own range do nothing and load nothing. Nothing of the
+size of all pairs is ever in memory.
 
 Shapes: as in `tiles`; heads first, [B, H, L, D], inside this module.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from recscale.kernels import tiles
-from recscale.kernels.pairs import time_bucket
-from recscale.kernels.tiles import BUCKETS, FIRST, HIDDEN, LAST, QUERY_TIME, TIME, Options, Plan, Tile
+from recscale.kernels.tiles import BUCKETS, Options, Plan
+from recscale.kernels.tpu_tables import table_gradients
+from recscale.kernels.tpu_tile import gradients_of, make_tile, product, scores_of
 
 _BLOCK = 256
 _NOTHING = -1e30
@@ -58,7 +57,7 @@ def backward(q, k, v, position, time, plan: Plan, out, logsumexp, out_gradient, 
     specs = [c.per_key(x, by_query=False) for x in (D, E)]
     inputs = c.inputs(by_query=False)
     dk, dv = c.run(_key_kernel, inputs, [like_k, like_v], specs, scratch, by_query=False, products=4)
-    tables = _table_gradients(c, position, time, options)
+    tables = table_gradients(c, position, time, options)
     return c.heads_last(dq), c.heads_last(dk), c.heads_last(dv), *tables
 
 
@@ -71,8 +70,8 @@ class _Call:
         self.block_q, self.block_kv = options.block_q or _BLOCK, options.block_kv or _BLOCK
         self.length = tiles.padded_length(self.unpadded, self.block_q, self.block_kv)
         self.I, self.J = self.length // self.block_q, self.length // self.block_kv
-        heads_first = [None if x is None else self.pad(jnp.swapaxes(x, 1, 2), 2) for x in (q, k, v, out_gradient)]
-        self.q, self.k, self.v, self.out_gradient = heads_first
+        self.q, self.k, self.v = (self.pad(jnp.swapaxes(x, 1, 2), 2) for x in (q, k, v))
+        self.out_gradient = None if out_gradient is None else self.pad(jnp.swapaxes(out_gradient, 1, 2), 2)
         self.plan = tiles.pad_plan(plan, self.length)
         self.ranges = tiles.make_ranges(self.plan, options, self.block_q, self.block_kv)
         self.position = position
@@ -176,61 +175,11 @@ def _with_absent(kernel, present, call: _Call, by_query: bool, ranges, *refs):
     kernel(call.options, i, j, step, step < total, inputs, *given)
 
 
-def _tile(inputs, i, j, options: Options, queries_in_rows: bool):
-    """(Tile, position bias, time buckets) of query block i and key block j; biases None where there are none."""
-    q, k, _, _, stats, facts, keys, position, time = inputs
-    rows, columns = (q.shape[0], k.shape[0]) if queries_in_rows else (k.shape[0], q.shape[0])
-    slot_rows = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    slot_columns = jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-    slot_q, slot_k = (slot_rows, slot_columns) if queries_in_rows else (slot_columns, slot_rows)
-
-    def turn(ref, of_queries: bool):
-        if ref is None:
-            return [None, None]
-        x = ref[...]
-        if of_queries == queries_in_rows:
-            x = jnp.transpose(x)
-            return [x[:, row : row + 1] for row in range(x.shape[1])]
-        return [x[row : row + 1] for row in range(x.shape[0])]
-
-    of_queries, of_keys, of_softmax = turn(facts, True), turn(keys, False), turn(stats, True)
-    tile = Tile(
-        i=i * q.shape[0] + slot_q, j=j * k.shape[0] + slot_k, first=of_queries[FIRST], last=of_queries[LAST],
-        hidden=of_keys[HIDDEN], query_time=of_queries[QUERY_TIME], time=of_keys[TIME],
-        logsumexp=of_softmax[0], delta=of_softmax[1],
-    )  # fmt: skip
-    bias = None
-    if position is not None:
-        wide = jnp.broadcast_to(position[...], (rows, rows + columns))
-        bias = pltpu.roll(wide, 0, 1, stride=1, stride_axis=0)[:, rows:]
-    bucket = None
-    if time is not None:
-        bucket = jnp.broadcast_to(time_bucket(tile.query_time - tile.time), (rows, columns))
-        table = jnp.broadcast_to(time[...], (rows, BUCKETS))
-        entries = [
-            jnp.take_along_axis(table, bucket[:, x : x + BUCKETS], axis=1, mode="promise_in_bounds")
-            for x in range(0, columns, BUCKETS)
-        ]
-        looked_up = jnp.concatenate(entries, axis=1) if len(entries) > 1 else entries[0]
-        bias = looked_up if bias is None else bias + looked_up
-    return tile, bias, bucket
-
-
-def _product(a, b, contract_rows: bool = False):
-    """a b, or a b^T (rows of both contracted with each other's), summed in float32."""
-    dims = (((1,), (1,)), ((), ())) if contract_rows else (((1,), (0,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _scores(a, b, bias, options: Options):
-    scores = _product(a, b, contract_rows=True) * options.scale
-    return scores if bias is None else scores + bias
-
-
 def _forward_kernel(options: Options, i, j, step, inside, inputs, out, *rest):
     """rest: (logsumexp, sum of the outputs, largest score, sum of the weights) or (sum of the outputs,)."""
     q, k, v = inputs[:3]
-    logsumexp, total, top, mass = rest if options.softmax else (None, *rest, None, None)
+    named: Any = rest if options.softmax else (None, *rest, None, None)
+    logsumexp, total, top, mass = named
 
     @pl.when(step == 0)
     def _():
@@ -241,8 +190,8 @@ def _forward_kernel(options: Options, i, j, step, inside, inputs, out, *rest):
 
     @pl.when(inside)
     def _():
-        tile, bias, _ = _tile(inputs, i, j, options, queries_in_rows=True)
-        scores, mask = _scores(q[...], k[...], bias, options), tiles.visible(tile, options)
+        tile, bias, _ = make_tile(inputs, i, j, options, queries_in_rows=True)
+        scores, mask = scores_of(q[...], k[...], bias, options), tiles.visible(tile, options)
         if options.softmax:
             before, now = top[...], jnp.maximum(top[...], jnp.where(mask, scores, _NOTHING).max(axis=1, keepdims=True))
             weights = jnp.where(mask, jnp.exp(scores - now), 0.0)
@@ -251,7 +200,7 @@ def _forward_kernel(options: Options, i, j, step, inside, inputs, out, *rest):
             total[...] *= shrink
         else:
             weights = jnp.where(mask, tiles.silu(scores, options.n), 0.0)
-        total[...] += _product(weights.astype(v.dtype), v[...])
+        total[...] += product(weights.astype(v.dtype), v[...])
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -260,17 +209,6 @@ def _forward_kernel(options: Options, i, j, step, inside, inputs, out, *rest):
             result = result / jnp.maximum(mass[...], 1e-30)
             logsumexp[...] = jnp.transpose(top[...] + jnp.log(jnp.maximum(mass[...], 1e-30)))
         out[...] = result.astype(out.dtype)
-
-
-def _gradients(inputs, i, j, options: Options, queries_in_rows: bool):
-    """(weights, gradients of the scores, mask, time buckets) of a tile, keys in the rows unless queries_in_rows."""
-    q, k, v, out_gradient = inputs[:4]
-    tile, bias, bucket = _tile(inputs, i, j, options, queries_in_rows)
-    (a, b), (c, d) = ((q, k), (out_gradient, v)) if queries_in_rows else ((k, q), (v, out_gradient))
-    scores = _scores(a[...], b[...], bias, options)
-    products = _product(c[...], d[...], contract_rows=True)
-    mask = tiles.visible(tile, options)
-    return *tiles.weights_and_slopes(scores, products, mask, tile, options), mask, bucket
 
 
 def _query_kernel(options: Options, i, j, step, inside, inputs, dq, total):
@@ -282,8 +220,8 @@ def _query_kernel(options: Options, i, j, step, inside, inputs, dq, total):
 
     @pl.when(inside)
     def _():
-        _, slopes, _, _ = _gradients(inputs, i, j, options, queries_in_rows=True)
-        total[...] += _product(slopes.astype(k.dtype), k[...])
+        _, slopes, _, _ = gradients_of(inputs, i, j, options, queries_in_rows=True)
+        total[...] += product(slopes.astype(k.dtype), k[...])
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -299,109 +237,10 @@ def _key_kernel(options: Options, i, j, step, inside, inputs, dk, dv, total_k, t
 
     @pl.when(inside)
     def _():
-        weights, slopes, _, _ = _gradients(inputs, i, j, options, queries_in_rows=False)
-        total_v[...] += _product(weights.astype(out_gradient.dtype), out_gradient[...])
-        total_k[...] += _product(slopes.astype(q.dtype), q[...])
+        weights, slopes, _, _ = gradients_of(inputs, i, j, options, queries_in_rows=False)
+        total_v[...] += product(weights.astype(out_gradient.dtype), out_gradient[...])
+        total_k[...] += product(slopes.astype(q.dtype), q[...])
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         dk[...], dv[...] = (total_k[...] * options.scale).astype(dk.dtype), total_v[...].astype(dv.dtype)
-
-
-def _table_gradients(c: _Call, position, time, options: Options):
-    """Gradients of both tables, float32, None for an absent one."""
-    if position is None and time is None:
-        return None, None
-    size = min(c.block_q, c.block_kv)
-    ranges = tiles.make_ranges(c.plan, options, size, size).queries
-    ahead, behind = tiles.diagonals(c.length, size, options)
-    N, blocks = ahead + behind + 1, c.length // size
-
-    def needed(d, b, i, ranges):
-        return tiles.meet(*(ranges[(b * blocks + i) * 4 + part] for part in range(4)), i + ahead - d)
-
-    def spec(shape, index):
-        def of_step(d, b, i, h, ranges):  # a step that is passed over asks for nothing new
-            return index(*(jnp.where(needed(d, b, i, ranges), x, 0) for x in (b, h, i, i + ahead - d)))
-
-        return pl.BlockSpec(shape, of_step)
-
-    def per_query(width):
-        return spec((None, None, size, width), lambda b, h, i, j: (b, h, i, 0))
-
-    def per_key(width):
-        return spec((None, None, size, width), lambda b, h, i, j: (b, h, j, 0))
-
-    slices, step, D, E = None, size, c.q.shape[3], c.v.shape[3]
-    if position is not None:
-        slices = tiles.windows(position, c.length, size, size, options, transposed=False)
-    start = (c.length - size) // step
-    inputs = [
-        (c.q, per_query(D)), (c.k, per_key(D)), (c.v, per_key(E)), (c.out_gradient, per_query(E)),
-        (c.stats_array, spec((None, None, 2, size), lambda b, h, i, j: (b, h, 0, i))),
-        (c.plan.queries, spec((None, 3, size), lambda b, h, i, j: (b, 0, i))),
-        (c.plan.keys, spec((None, 2, size), lambda b, h, i, j: (b, 0, j))),
-        (slices, pl.BlockSpec((None, 1, 2 * size), lambda d, b, i, h, ranges: (start + ahead - d, 0, 0))),
-        (c.time, pl.BlockSpec((1, BUCKETS), lambda d, b, i, h, ranges: (0, 0))),
-    ]  # fmt: skip
-    present = tuple(array is not None for array, _ in inputs)
-    heights = [size] * (position is not None) + [BUCKETS] * (time is not None)
-
-    def kernel(ranges, *refs):
-        d, b, i = (pl.program_id(axis) for axis in range(3))
-        given = iter(refs)
-        known = [next(given) if here else None for here in present]
-        sums = {name: next(given) for name, x in (("position", position), ("time", time)) if x is not None}
-        _table_kernel(options, i, i + ahead - d, needed(d, b, i, ranges), known, sums, *given)
-
-    sums = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct((N, height, size), jnp.float32) for height in heights],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(N, c.B, blocks, c.H),
-            in_specs=[spec for array, spec in inputs if array is not None],
-            out_specs=[pl.BlockSpec((None, height, size), lambda d, b, i, h, ranges: (d, 0, 0)) for height in heights],
-            scratch_shapes=[pltpu.VMEM((size, size), jnp.float32)],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=(_PARALLEL, _ORDERED, _ORDERED, _ORDERED)),
-        interpret=options.interpret,
-        name=f"attention_{options.kind}_table_kernel",
-    )(ranges.reshape(-1), *(array for array, _ in inputs if array is not None))
-    by_name = dict(zip([n for n, x in (("position", position), ("time", time)) if x is not None], sums, strict=True))
-    return (
-        tiles.position_gradient(by_name["position"], ahead, options.n) if position is not None else None,
-        tiles.time_gradient(by_name["time"].sum(axis=(0, 2))) if time is not None else None,
-    )
-
-
-def _table_kernel(options: Options, i, j, needed, inputs, sums, heads):
-    """Add the score gradients of a tile, summed over the heads, to the sums by pair of slots and by time bucket."""
-    h = pl.program_id(3)
-
-    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0) & (h == 0))
-    def _():
-        for total in sums.values():
-            total[...] = jnp.zeros_like(total)
-
-    @pl.when(needed)
-    def _():
-        _, slopes, mask, bucket = _gradients(inputs, i, j, options, queries_in_rows=True)
-        heads[...] = jnp.where(h == 0, slopes, heads[...] + slopes)
-
-        @pl.when(h == pl.num_programs(3) - 1)
-        def _():
-            if "position" in sums:
-                sums["position"][...] += heads[...]
-            if "time" in sums:
-                _add_by_bucket(sums["time"], heads, mask, bucket)
-
-
-def _add_by_bucket(sums, slopes, mask, bucket):
-    """Bucket by bucket over those that occur in the tile: few, unless the times are out of order."""
-
-    def add(x, _):
-        sums[pl.ds(x, 1), :] += jnp.where(bucket == x, slopes[...], 0.0).sum(axis=0, keepdims=True)
-
-    first, last = jnp.where(mask, bucket, BUCKETS).min(), jnp.where(mask, bucket, -1).max()
-    jax.lax.fori_loop(first, last + 1, add, None)

@@ -8,7 +8,7 @@ Shapes: B rows, L positions, I blocks of queries, J blocks of keys, N distances 
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,8 +134,9 @@ def key_block(a, m, b, step):
     return jnp.where(step < m, a + step, b + step - m)
 
 
-def meet(a, m, b, total, key):
-    """Whether a key block is in the range of a query block."""
+def meet(ranges, key):
+    """Whether a key block is in the range (a, m, b, total) of a query block."""
+    a, m, b, total = ranges
     return ((key >= a) & (key < a + m)) | ((key >= b) & (key < b + total - m))
 
 
@@ -146,11 +147,11 @@ class Tile(NamedTuple):
     j: jax.Array
     first: jax.Array
     last: jax.Array
-    hidden: jax.Array | None = None
-    query_time: jax.Array | None = None
-    time: jax.Array | None = None
-    logsumexp: jax.Array | None = None
-    delta: jax.Array | None = None
+    hidden: Any = None
+    query_time: Any = None
+    time: Any = None
+    logsumexp: Any = None
+    delta: Any = None
 
 
 def visible(t: Tile, options: Options) -> jax.Array:

@@ -1,9 +1,9 @@
 """The encoder of ARGUS (arXiv 2507.15994): a causal pre-norm Transformer, 12 depth width^2 parameters.
 
 The paper names sizes and contexts (512 to 8,192), not the block: ours is the standard one, without biases, with an MLP
-of four widths, so that all four sizes come out to rounding (scaling/recipes.py has them). Its heads and tokens are those of tasks/feedback.py. Times
-enter as a bucketed relative bias of the scores, computed inside the attention kernel (`time_bias`), which the paper
-leaves open; `query_time` is as in models/hstu.py.
+of four widths, so that all four sizes (scaling/recipes.py) come out to rounding. Its heads and tokens are those of
+tasks/feedback.py. Times enter as a bucketed relative bias of the scores, computed inside the attention kernel
+(`time_bias`), which the paper leaves open; `query_time` is as in models/hstu.py.
 """
 
 import dataclasses

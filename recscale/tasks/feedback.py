@@ -10,6 +10,10 @@ and f' its feedback. How a history becomes tokens is the form:
   encoder attends from the candidate. Item read at the first (with c'), feedback at the second;
 * "literal" (ARGUS, arXiv 2507.15994): three, feedback, next context, next item; read at the second and the third.
 
+With loader.request_gap the feedback of a collapsed history is read from the user's state before the request, at least
+loader.lag seconds old, in place of the newest one. Only then may impressions of one request be compared with each
+other: a state that has seen the answers to the earlier ones orders them by itself.
+
 The first token of a history also holds its first item, which no other token does. A step therefore never sees more of
 the next event than its own arguments: tests/tasks/test_feedback.py takes the gradients.
 
@@ -107,6 +111,14 @@ KINDS: dict[str, Kind] = {
     ),
     "regression": Kind(lambda e: 1, _regression_loss, lambda x, e: jnp.expm1(x[..., 0])),
 }
+
+
+def newest_known(hidden_BLD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """For every position the state [B, L, D] at the slot `lagged` of the batch, 0 without one; without lag the same."""
+    if "lagged" not in batch:
+        return hidden_BLD
+    found = jnp.take_along_axis(hidden_BLD, jnp.maximum(batch["lagged"] - 1, 0)[:, :, None], axis=1)
+    return jnp.where((batch["lagged"] > 0)[:, :, None], found, 0.0)
 
 
 class Task(next_item.Task):
@@ -241,7 +253,8 @@ class Task(next_item.Task):
         context = sum((rows[name] for name in self.input_features if name in self.query_features), zero)
         if self.config.form == "collapsed":
             hidden = model(item + said + context, batch, key, **how)
-            at_query, parts = hidden, [hidden, candidate, hidden * candidate]
+            known = newest_known(hidden, batch)
+            at_query, parts = hidden, [known, candidate, known * candidate]
             parts += [next_context] if self.query_features else []
         else:
             first = (batch["positions"] == self.prefix // self.tokens_per_event)[:, :, None]

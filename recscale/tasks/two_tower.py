@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from recscale.layers.heads import Head, Ranker, head_parameters
 from recscale.layers.norms import l2_normalize
 from recscale.tasks import next_item
+from recscale.tasks.feedback import newest_known
 from recscale.tasks.next_item import LABEL, QUERY
 
 CANDIDATE = QUERY + "item_id"
@@ -121,11 +122,7 @@ class Task(next_item.Task):
 
     def _scores(self, model, rows, batch, key, **how):
         x = sum((rows[name] for name in self.input_features), rows["history"])
-        hidden_BLD = model(x, batch, key, **how)
-        known_BL1 = (batch["lagged"] > 0)[:, :, None]
-        place_BL1 = jnp.maximum(batch["lagged"] - 1, 0)[:, :, None]
-        user_BLD = jnp.where(known_BL1, jnp.take_along_axis(hidden_BLD, place_BL1, axis=1), 0.0)
-        user_BLD = model.head.query(user_BLD)
+        user_BLD = model.head.query(newest_known(model(x, batch, key, **how), batch))
         user_BLD = l2_normalize(user_BLD) if self.config.similarity == "cosine" else user_BLD
         score = jnp.einsum("bld,bld->bl", user_BLD, self.item(rows["candidate"]))
         return (score / self.config.temperature).astype(jnp.float32)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from recscale.kernels import attention as kernel
+from recscale.kernels import pairs
 from recscale.models import hstu
 from recscale.tasks import next_item
 
@@ -180,8 +181,8 @@ def variant_outputs(name, monkeypatch) -> np.ndarray:
         "no sqrt(D)": lambda: None,
         "split U,Q,K,V": lambda: reordered("UQKV"),
         "split U,V,K,Q": lambda: reordered("UVKQ"),
-        "log2 buckets": lambda: monkeypatch.setattr(kernel, "time_bucket", buckets(2.0)),
-        "log10 buckets": lambda: monkeypatch.setattr(kernel, "time_bucket", buckets(10.0)),
+        "log2 buckets": lambda: monkeypatch.setattr(pairs, "time_bucket", buckets(2.0)),
+        "log10 buckets": lambda: monkeypatch.setattr(pairs, "time_bucket", buckets(10.0)),
         "no SiLU on the projection": lambda: monkeypatch.setattr(hstu, "_activate", lambda z: z),
         "per-head LN": lambda: monkeypatch.setattr(hstu, "layer_norm", per_head),
     }

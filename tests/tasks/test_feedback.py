@@ -204,3 +204,18 @@ def test_a_form_needs_what_its_tokens_say():
         Task(task("interleaved").config, ITEMS, ("tab",), ("tab",))
     with pytest.raises(ValueError, match="tokens of context"):
         Task(task("literal").config, ITEMS, ("like",), ())
+
+
+def test_with_a_lag_feedback_is_read_from_the_older_state_alone():
+    t, batch = task(), batch_of()
+    batch["lagged"] = np.array([[0, 1, 1, 0, 4, 0]], np.int32)
+    model, rows = encoder("collapsed"), vectors(t, batch)
+
+    def outputs(rows, at):
+        return jnp.square(t._outputs(model, rows, batch, None)[1][0, at]).sum()
+
+    for at, past in ((0, set()), (2, {0}), (4, {3})):
+        gradient = jax.grad(outputs)(rows, at)
+        reached = {name: {int(i) for i in np.flatnonzero(np.abs(g[0]).sum(-1))} for name, g in gradient.items()}
+        assert reached["like"] == reached["history"] == past
+        assert reached["candidate"] == reached["query_tab"] == {at}

@@ -1,0 +1,1 @@
+"""Answers from a trained model: histories are encoded once and kept, candidates are scored against them."""
