@@ -28,9 +28,9 @@ WORLD = {"users": 14_000, "like_own": 0.9, "like_noise": 0.05}
 TRAIN_USERS, EVAL_USERS, HISTORY = 6_000, 8_000, 64
 LOSSES = {"nats": "next item, nats", "log_loss/like": "feedback, nats"}
 # sub-axis -> (axis, levels, seeds); "micro", a history of 64 and collapsed tokens are the base and not repeated
-SIZES = {"nano": 3, "micro": 3, "mini": 2, "small": 1}
+SIZES = {"nano": 3, "micro": 3, "mini": 1, "small": 1}
 HISTORIES = {4: 2, 16: 2, 256: 2}
-FORMS = {"interleaved": 2, "literal": 2}
+FORMS = {"interleaved": 1, "literal": 1}
 
 
 def base() -> ConfigDict:
