@@ -87,8 +87,13 @@ def program(
     if task.needs_frequency:
         specs[FREQUENCY] = Table(num_items, 1, fixed=True)
     model: ModuleType = MODELS[config.model_name]
-    prefix = {"prefix": task.prefix} if task.prefix else {}
-    model_config = model.Config(**config.model, **prefix, base=_base_shape(config))
+    model_config = model.Config(**config.model, base=_base_shape(config))
+    prefix = getattr(model_config, "prefix", 0)
+    if prefix != task.prefix:
+        raise ValueError(
+            f"model.prefix = {prefix}, but loader.inputs has features of users (users/NAME) for {task.prefix} "
+            f"positions: expected model.prefix = {task.prefix}"
+        )
     tokens = config.loader.length * task.tokens_per_event + task.prefix
     if tokens > model_config.max_length:
         each = f" with {task.tokens_per_event} tokens an event" if task.tokens_per_event > 1 else ""

@@ -66,6 +66,16 @@ LIBRARY = {
         "recscale.optim",
         "recscale.mesh",
     ),
+    "recscale.serve": (
+        "recscale.checkpoint",
+        "recscale.data",
+        "recscale.kernels",
+        "recscale.layers",
+        "recscale.mesh",
+        "recscale.program",
+        "recscale.record",
+        "recscale.run",
+    ),
     "recscale.branch": (
         "recscale.program",
         "recscale.run",

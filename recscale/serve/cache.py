@@ -4,9 +4,9 @@ Candidates of one list do not see each other (M-FALCON, arXiv 2402.17152 section
 history, at the slot of the event to come, and sees the history and itself. What comes out equals the uncached model on
 that history with that candidate appended, for every way to cut a history into pieces and a list into micro-batches.
 
-A model is served through methods that models/*.py have: its `embed` makes the input of the first layer, `stages` are its
-stacked layers, `readout` makes the hidden states; a layer's `project` gives queries, keys and values, `rules` and `bias`
-say how attention is computed, `finish` makes its output. Nothing else of a model is known here.
+A model is served through methods that models/*.py have: `embed` makes the input of its first layer, `stages` are its
+stacked layers, `readout` makes the hidden states; a layer's `project` gives queries, keys and values, `rules` and
+`bias` say how attention is computed, `finish` makes its output. Nothing else of a model is known here.
 
 A history can be kept where a new event changes nothing before it: in HSTU, SASRec, ARGUS and the STU with anchor
 "event", as long as a contextual prefix lies in the first piece. What an event's states depend on must be known

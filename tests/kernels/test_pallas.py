@@ -4,6 +4,7 @@ The kernels compiled for real chips are in test_pallas_compile.py.
 """
 
 import dataclasses
+import importlib
 import itertools
 
 import jax
@@ -173,3 +174,15 @@ def test_grid_of_large_blocks(backend, length, kind, blocks):
 @pytest.mark.parametrize("kind", ["silu", "softmax"])
 def test_a_long_row_of_short_users(backend, kind):
     assert_same(case(1037, 60), backend, kind, "causal", (64, 64))
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_in_small(monkeypatch, capsys):
+    benchmark = importlib.import_module("benchmarks.attention_gpu")
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    monkeypatch.setattr(benchmark, "CALLS", 1)
+    monkeypatch.setattr("sys.argv", ["attention_gpu", "--smoke"])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert "largest relative difference" in printed and "ragged" in printed
+    assert {name for name in ("pallas", "blocks", "einsum", "cuDNN") if f" {name}" not in printed} == set()
