@@ -44,10 +44,11 @@ def cardinalities(config: ml_collections.ConfigDict, log: EventLog) -> dict[str,
     timed = "time_bias" in config.model and config.model.time_bias
     if timed and "timestamp" not in log.columns:
         raise ValueError(f"model.time_bias needs timestamps, {where} has none: set it to False")
-    if c.horizon and (c.queries or (timed and config.model.query_time == "next_event")):
+    causal = "query_time" in config.model and config.model.query_time == "last_event"
+    if c.horizon and (c.queries or (timed and not causal)):
         raise ValueError(
-            f"loader.horizon = {c.horizon} trains on later events than the next: use no loader.queries and, with a "
-            "time bias, model.query_time = 'last_event'"
+            f"loader.horizon = {c.horizon} trains on later events than the next: use no loader.queries and no "
+            "time bias but one with model.query_time = 'last_event'"
         )
     if c.request_gap and "form" in config.task and config.task.form != "collapsed":
         raise ValueError(

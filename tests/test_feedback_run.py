@@ -13,7 +13,10 @@ from recscale import ranking_metrics, record, train
 from recscale.data.event_log import Column, EventLog
 from recscale.data.event_log_writer import write
 from recscale.evaluate import evaluate_split
+from recscale.evaluate_feedback import evaluate_feedback
+from recscale.mesh import place_batch
 from recscale.run import build, init_state
+from recscale.step import make_train_step
 
 ITEMS, USERS, EVENTS = 20, 60, 16
 TIMES = np.arange(EVENTS) // 4 * 1000 + np.arange(EVENTS) % 4 * 10  # four requests of four impressions
@@ -45,7 +48,7 @@ def tiny(log: Path, **changes) -> ConfigDict:
     c.data.path = str(log)
     c.split = ConfigDict({"name": "global_time", "test_from": TEST_FROM, "keep_new_users": True})
     c.loader.update({"batch_size": 4, "length": EVENTS, "row_length": 32, "inputs": ("like",), "queries": ("tab",)})
-    c.model.update({"embed_dim": 8, "width": 8, "depth": 1, "max_length": EVENTS, "dropout": 0.0})
+    c.model.update({"embed_dim": 8, "width": 8, "depth": 1, "max_length": EVENTS, "dropout": 0.0, "prefix": 0})
     c.table.update({"learning_rate": 3e-2, "warmup": 3})
     c.optim.update({"learning_rate": 1e-2, "warmup": 3})
     c.task.update({"negatives": 8, "heads": (("like", "binary"), ("ratio", "ordinal")), "edges": (0.5,), "hidden": 8})
@@ -132,3 +135,30 @@ def test_fine_tuning_begins_with_the_encoder_and_the_tables_of_the_other_run(log
 def test_a_warm_start_that_cannot_be_is_one_line(where, changes, message, log, trained):
     with pytest.raises(ValueError, match=message):
         init_state(build(tiny(log, **changes, train__warm_start=str(trained / where))))
+
+
+@pytest.mark.parametrize("form", ["collapsed", "interleaved"])
+def test_features_of_users_are_a_prefix_that_everybody_sees(form, log, tmp_path):
+    """A user column decides what is liked: with it as a prefix the very first target is foretold, without it not."""
+    rng, made = np.random.default_rng(1), EventLog.open(log)
+    taste = rng.integers(0, 2, USERS)
+    events = dict(made.events) | {"like": np.repeat(taste, EVENTS).astype(np.int8)}
+    write(dataclasses.replace(made, path=None, events=events, users={"taste": taste}), tmp_path / "log")
+    tokens = {"collapsed": 1, "interleaved": 2}[form]
+    changes = {"task__form": form, "task__heads": (("like", "binary"),), "task__next_item": 0.0, "train__epochs": 12.0}
+    wide = {"loader__inputs": ("like", "users/taste"), "model__prefix": tokens}
+    wide |= {"model__max_length": tokens * (EVENTS + 1)}
+    config = tiny(tmp_path / "log", **changes, **wide)
+    run = build(config)
+    state, step = init_state(run), make_train_step(run)
+    for i in range(run.steps):
+        state, _ = step(state, place_batch(run.mesh, run.loader[i]))
+    first = dataclasses.replace(
+        run.views["train"], name="first", target_start=run.views["train"].start + 1, stop=run.views["train"].start + 2
+    )
+    rows, found = evaluate_feedback(run, state, first)
+    assert len(found["row"]) == USERS
+    value = {row["metric"]: row["value"] for row in rows}
+    assert value["auc/like"] > 0.99
+    with pytest.raises(ValueError, match=r"model\.prefix = 0"):
+        build(tiny(tmp_path / "log", **changes, **wide | {"model__prefix": 0}))

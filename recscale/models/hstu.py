@@ -26,10 +26,11 @@ class Config:
     """Shape of an HSTU.
 
     embed_dim: width of the item vectors; width: of the hidden states (a linear map joins them where they differ).
-    qk_dim, v_dim: per head. max_length: L, the longest history; output_length: G (10 as
-    published), which only widens the mask constant n = L + G + 1. time_bias: needs timestamps in the batch.
-    query_time: "next_event" (as published: the last position knows when the predicted event happens) or "last_event".
-    base: None, or the base shape of width transfer (layers/width_transfer.py).
+    qk_dim, v_dim: per head. max_length: L, the longest history; output_length: G (10 as published), which only widens
+    the mask constant n = L + G + 1. time_bias: needs timestamps in the batch. query_time: "next_event" (as published:
+    the last position knows when the predicted event happens) or "last_event". prefix: positions at the start of a
+    history that see each other and that all see. attention: one of kernels.attention.IMPLEMENTATIONS. base: None, or
+    the base shape of width transfer (layers/width_transfer.py).
     """
 
     embed_dim: int
@@ -44,6 +45,8 @@ class Config:
     time_bias: bool
     query_time: str
     dtype: str
+    prefix: int = 0
+    attention: str = "blocks"
     base: BaseShape | None = None
 
     def __post_init__(self):
@@ -80,7 +83,7 @@ class Layer(nnx.Module):
 
     def __call__(self, c: Config, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
         (q, k, v), u = self.project(c, x_BLD)
-        o = attention(q, k, v, batch["segment_ids"], self.bias(c, batch), **self.rules(c))
+        o = attention(q, k, v, batch["segment_ids"], self.bias(c, batch), **self.rules(c), implementation=c.attention)
         return self.finish(c, x_BLD, o, u, key)
 
     def project(self, c: Config, x_BLD: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -94,7 +97,8 @@ class Layer(nnx.Module):
 
     def rules(self, c: Config) -> dict[str, Any]:
         """How attention is computed: keyword arguments of kernels/attention.py."""
-        return {"kind": "silu", "n": c.n, "scale": c.base.head_dim / c.qk_dim if c.base else 1.0}
+        scale = c.base.head_dim / c.qk_dim if c.base else 1.0
+        return {"kind": "silu", "n": c.n, "scale": scale, "prefix": c.prefix}
 
     def bias(self, c: Config, batch: dict[str, jax.Array]) -> Bias:
         """The relative bias of the positions in `batch`, as queries and as keys."""

@@ -25,8 +25,9 @@ class Config:
     """Shape of a SASRec.
 
     embed_dim: width of the item vectors; width: of the hidden states (a linear map joins them where they differ);
-    ffn: width of the hidden layer of the feed-forward block; max_length: L, the longest history. base: None, or the
-    base shape of width transfer (layers/width_transfer.py).
+    ffn: width of the hidden layer of the feed-forward block; max_length: L, the longest history. prefix: positions
+    at the start of a history that see each other and that all see. attention: one of kernels.attention.IMPLEMENTATIONS.
+    base: None, or the base shape of width transfer (layers/width_transfer.py).
     """
 
     embed_dim: int
@@ -38,6 +39,8 @@ class Config:
     dropout: float
     activation: str
     dtype: str
+    prefix: int = 0
+    attention: str = "blocks"
     base: BaseShape | None = None
 
     def __post_init__(self):
@@ -67,7 +70,7 @@ class Block(nnx.Module):
 
     def __call__(self, c: Config, x_BLD: jax.Array, batch: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
         (q, k, v), rest = self.project(c, x_BLD)
-        o = attention(q, k, v, batch["segment_ids"], self.bias(c, batch), **self.rules(c))
+        o = attention(q, k, v, batch["segment_ids"], self.bias(c, batch), **self.rules(c), implementation=c.attention)
         return self.finish(c, x_BLD, o, rest, key)
 
     def project(self, c: Config, x_BLD: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
@@ -81,7 +84,7 @@ class Block(nnx.Module):
         """How attention is computed: keyword arguments of kernels/attention.py."""
         head_dim = c.width // c.heads
         scale = head_dim**-0.5 * ((c.base.head_dim / head_dim) ** 0.5 if c.base else 1.0)
-        return {"kind": "softmax", "n": c.max_length, "scale": scale}
+        return {"kind": "softmax", "n": c.max_length, "scale": scale, "prefix": c.prefix}
 
     def bias(self, c: Config, batch: dict[str, jax.Array]) -> Bias:
         """No relative bias."""
