@@ -36,6 +36,7 @@ SEEDS = (0, 1, 2)
 HEADS = ("is_click", "long_view", "is_like", "played_ratio")
 LAG, REQUEST_GAP = 3_600, 1_800
 LABEL = "long_view"
+USER_COLUMNS = tuple(f"users/{name}" for name in ("user_active_degree", *(f"onehot_feat{k}" for k in range(1, 9))))
 
 
 def base() -> ConfigDict:
@@ -65,6 +66,16 @@ def frozen(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def with_users(config: ConfigDict) -> ConfigDict:
+    """The columns of the user table as a contextual prefix."""
+    config = config.copy_and_resolve_references().unlock()
+    config.loader.inputs = (*config.loader.inputs, *USER_COLUMNS)
+    config.loader.row_length = 128
+    config.model.prefix = len(USER_COLUMNS)
+    config.model.max_length += len(USER_COLUMNS)
+    return config.lock()
+
+
 def fine(config: ConfigDict, warm_start: str) -> ConfigDict:
     """Two towers on pairs of impressions of one request, from nothing or from a pre-trained run."""
     config = config.copy_and_resolve_references().unlock()
@@ -77,7 +88,7 @@ def fine(config: ConfigDict, warm_start: str) -> ConfigDict:
 
 
 def window(config: ConfigDict, horizon: int) -> ConfigDict:
-    """The next item, or any long view of the next days; tested on all long views of 1 May, the vector frozen before it.
+    """The next item, or any of the next days; tested on all of 1 May at once, the user's vector frozen before it.
 
     horizon: seconds; 0 trains on the next event.
     """
@@ -86,7 +97,7 @@ def window(config: ConfigDict, horizon: int) -> ConfigDict:
     config.task_name = "next_item"
     kept = ("loss", "negatives", "sampler", "shared", "logq", "similarity", "temperature", "gbce_t")
     config.task = ConfigDict({name: config.task[name] for name in kept})
-    config.loader.update({"queries": (), "horizon": horizon, "positive": LABEL if horizon else ""})
+    config.loader.update({"queries": (), "horizon": horizon})
     config.eval.update({"ks": (10, 100), "top_k": 100})
     return config.lock()
 
@@ -97,6 +108,7 @@ def _configs() -> dict[str, ConfigDict]:
     for seed in SEEDS:
         made = {"argus": base(), "argus-ranker": _ranker_alone(base())}
         made |= {f"hstu-{form}": hstu(base(), form) for form in ("collapsed", "interleaved")}
+        made |= {"hstu-users": with_users(hstu(base(), "collapsed"))}
         made |= {"argus-frozen": frozen(base()), "hstu-frozen": frozen(hstu(base(), "collapsed"))}
         made |= {"window-next": window(base(), 0), "window-dense": window(base(), 3 * DAY)}
         made |= {"fine-alone": fine(base(), ""), "fine-after": fine(base(), str(RUNS / f"argus-s{seed}"))}
@@ -166,7 +178,12 @@ def table(folder: Path) -> list[dict[str, Any]]:
 def comparisons(folder: Path) -> list[dict[str, Any]]:
     """Pairs of models with the same seed, paired over users: difference of every metric and its 95 % interval."""
     pairs = [("argus-ranker", "argus"), ("fine-alone", "fine-after"), ("hstu-collapsed", "hstu-interleaved")]
-    pairs += [("argus", "hstu-collapsed"), ("argus-frozen", "hstu-frozen"), ("window-next", "window-dense")]
+    pairs += [
+        ("argus", "hstu-collapsed"),
+        ("argus-frozen", "hstu-frozen"),
+        ("hstu-collapsed", "hstu-users"),
+        ("window-next", "window-dense"),
+    ]
     lines = []
     for before, after in pairs:
         for seed in SEEDS:
@@ -174,7 +191,7 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
             if all((run / "DONE").exists() for run in runs):
                 lines += _compared(runs, {"from": before, "to": after, "seed": seed})
     against = {
-        "lightgbm": ("argus", "hstu-collapsed", "hstu-interleaved"),
+        "lightgbm": ("argus", "hstu-collapsed", "hstu-interleaved", "hstu-users"),
         "lightgbm_frozen": ("argus-frozen", "fine-after"),
     }
     for before, others in against.items():
