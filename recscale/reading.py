@@ -1,7 +1,10 @@
-"""What a config reads of a log: its views, the features it embeds, and loaders over the views."""
+"""What a config reads of a log: its views, the features it embeds, the labels it learns, and loaders over the views."""
+
+from collections.abc import Callable
 
 import jax
 import ml_collections
+import numpy as np
 
 from recscale.data import splits
 from recscale.data.event_log import EventLog
@@ -9,6 +12,15 @@ from recscale.data.features import known_before, open_feature
 from recscale.data.loading import Loader
 from recscale.data.reach import Reach
 from recscale.tasks.next_item import Task
+
+CHUNK = 1 << 22  # labels checked at a time
+LABELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "binary": (lambda x: (x == 0) | (x == 1), "0 or 1"),
+    "ordinal": (np.isfinite, "finite numbers"),
+    "regression": (lambda x: np.isfinite(x) & (x >= 0), "finite numbers of at least 0"),
+    "score": (lambda x: np.isfinite(x) & (x >= 0), "finite numbers of at least 0"),
+}
+"""Kind of a head -> which values it can learn, and how to say so."""
 
 
 def views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.View]:
@@ -33,8 +45,8 @@ def views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.
 def cardinalities(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, int]:
     """Ids of each feature that the config embeds, 0 = unknown among them.
 
-    Raises ValueError for a query feature that is not known before its item, and for what needs times where there are
-    none or lets a model see the time of an event it is not trained on.
+    Raises ValueError for a query feature that is not known before its item, for what needs times where there are none
+    or lets a model see an event it is not trained on, and for settings of the loader that nothing would read.
     """
     c, where = config.loader, config.data.path
     for name in c.queries:
@@ -44,22 +56,77 @@ def cardinalities(config: ml_collections.ConfigDict, log: EventLog) -> dict[str,
     timed = "time_bias" in config.model and config.model.time_bias
     if timed and "timestamp" not in log.columns:
         raise ValueError(f"model.time_bias needs timestamps, {where} has none: set it to False")
+    _check_horizon(config, timed)
+    _check_request(config)
+    return {name: open_feature(log, name).cardinality for name in dict.fromkeys((*c.inputs, *c.queries))}
+
+
+def _check_horizon(config: ml_collections.ConfigDict, timed: bool) -> None:
+    c = config.loader
+    if c.positive and not c.horizon:
+        raise ValueError(f"loader.positive = {c.positive!r} says what is drawn within loader.horizon, which is 0")
     causal = "query_time" in config.model and config.model.query_time == "last_event"
     if c.horizon and (c.queries or (timed and not causal)):
         raise ValueError(
             f"loader.horizon = {c.horizon} trains on later events than the next: use no loader.queries and no "
             "time bias but one with model.query_time = 'last_event'"
         )
-    if c.request_gap and "form" in config.task and config.task.form != "collapsed":
+    if c.horizon and _form(config) != "collapsed":
         raise ValueError(
-            f"loader.request_gap = {c.request_gap} with task.form = {config.task.form!r}: only collapsed tokens can be "
+            f"loader.horizon = {c.horizon} with task.form = {_form(config)!r}: its tokens hold the item that an event "
+            "is trained on, which would tell the events in between; use form 'collapsed'"
+        )
+
+
+def _check_request(config: ml_collections.ConfigDict) -> None:
+    c, task = config.loader, config.task_name
+    if c.lag and not c.request_gap:
+        raise ValueError(
+            f"loader.lag = {c.lag} counts from a request: set loader.request_gap, the seconds that end one"
+        )
+    if task == "two_tower" and not c.request_gap:
+        raise ValueError(
+            "task_name = 'two_tower' learns from pairs of one request: set loader.request_gap, the seconds that end one"
+        )
+    if task == "two_tower" and c.queries:
+        raise ValueError(f"loader.queries = {tuple(c.queries)}: task 'two_tower' reads no context of a request; use ()")
+    if task == "next_item" and c.request_gap:
+        raise ValueError(
+            f"loader.request_gap = {c.request_gap}: task 'next_item' reads no older state of the user; use 0"
+        )
+    if c.request_gap and _form(config) != "collapsed":
+        raise ValueError(
+            f"loader.request_gap = {c.request_gap} with task.form = {_form(config)!r}: only collapsed tokens can be "
             "read from an older state of the user"
         )
-    return {name: open_feature(log, name).cardinality for name in dict.fromkeys((*c.inputs, *c.queries))}
+
+
+def _form(config: ml_collections.ConfigDict) -> str:
+    return config.task.form if "form" in config.task else "collapsed"
+
+
+def check_labels(task: Task, log: EventLog) -> None:
+    """Raise ValueError for a head over a column that is no feedback, or that holds what such a head cannot learn."""
+    for name, kind in task.heads:
+        known = [key for key, column in log.columns.items() if column.kind in ("feedback", "extra")]
+        if name not in known:
+            raise ValueError(f"task: {name!r} ({kind}) is not a feedback column of {log.path}; it has {known}")
+        if kind == "ordinal" and log.columns[name].cardinality == 2:
+            raise ValueError(f"task.heads: {name!r} is 0 or 1, an ordinal head has nothing to order: expected 'binary'")
+        values, (fits, expected) = log.events[name], LABELS[kind]
+        for first in range(0, len(values), CHUNK):
+            part = np.asarray(values[first : first + CHUNK])
+            wrong = np.flatnonzero(~fits(part))
+            if len(wrong):
+                raise ValueError(
+                    f"task: {name!r} of {log.path} is {part[wrong[0]]} at event {first + wrong[0]}: a head of kind "
+                    f"{kind!r} expects {expected}"
+                )
 
 
 def train_loader(config: ml_collections.ConfigDict, task: Task, log: EventLog, view: splits.View) -> Loader:
-    """Shuffled batches of a training view, shared by the processes."""
+    """Shuffled batches of a training view, shared by the processes; raises ValueError as check_labels does."""
+    check_labels(task, log)
     c = config.loader
     return Loader(
         log,

@@ -1,8 +1,8 @@
 """A run that begins with the encoder and the tables of another one: fine-tuning after pre-training.
 
 `train.warm_start` names a finished workdir. Encoder, item table and feature tables are taken from its selected
-checkpoint (else its newest); the head, the optimizer and the step are new. A table that the other run did not have
-begins as always.
+checkpoint (else its newest); the head, the optimizer, the step and the item frequencies (those of the run's own
+training data) are new. A table that the other run did not have begins as always.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from recscale.checkpoint import Checkpoints, leaves_by_path
+from recscale.tasks.next_item import FREQUENCY
 
 TABLES = ("tables.", "mixers.")
 
@@ -29,6 +30,7 @@ def warm_start(state: dict[str, Any], workdir: Path, inside: str) -> dict[str, A
                 continue
             leaves = leaves_by_path(state)
             shared = {name: x for name, x in leaves.items() if name.startswith((f"model.{inside}", *TABLES))}
+            shared.pop(f"tables.{FREQUENCY}", None)
             found = checkpoints.restore_some(step, shared)
             lacking = [name for name in shared if name.startswith("model.") and name not in found]
             if lacking or not any(name.startswith("model.") for name in shared):

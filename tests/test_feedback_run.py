@@ -17,6 +17,7 @@ from recscale.evaluate_feedback import evaluate_feedback
 from recscale.mesh import place_batch
 from recscale.run import build, init_state
 from recscale.step import make_train_step
+from recscale.tasks.next_item import FREQUENCY
 
 ITEMS, USERS, EVENTS = 20, 60, 16
 TIMES = np.arange(EVENTS) // 4 * 1000 + np.arange(EVENTS) % 4 * 10  # four requests of four impressions
@@ -126,6 +127,15 @@ def test_fine_tuning_begins_with_the_encoder_and_the_tables_of_the_other_run(log
     }
     assert set(np.load(tmp_path / "fine/per_target_test.npz")) >= {"score/like", "label/like", "request", "user"}
     assert rows["pair_accuracy/like"] is not None and "nats" not in rows
+
+
+def test_a_warm_start_counts_items_in_its_own_training_data(log, trained):
+    fewer, before = {"data__users": 5}, init_state(build(tiny(log, train__warm_start=str(trained))))
+    own = init_state(build(tiny(log, **fewer)))["tables"][FREQUENCY]
+    found = init_state(build(tiny(log, **fewer, train__warm_start=str(trained))))["tables"]
+    assert not np.array_equal(own, before["tables"][FREQUENCY])
+    np.testing.assert_array_equal(found[FREQUENCY], own)
+    np.testing.assert_array_equal(found["item"], before["tables"]["item"])
 
 
 @pytest.mark.parametrize(

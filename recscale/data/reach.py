@@ -20,8 +20,8 @@ class Reach:
     horizon: seconds; instead of the next event each input is trained on one drawn, anew in every epoch, from its user's
     events of that time (0: the next event). positive: only from those where this column is above 0 ("": from all).
     lag: seconds; adds `request`, the same for the next events of one request, and `lagged`, 1 + the slot of the newest
-    input at least that much older than the next event's request (0: there is none); None: no such keys. request_gap:
-    seconds without an event that end a request.
+    input before the next event's request and at least that much older (0: there is none); None: no such keys.
+    request_gap: seconds without an event that end a request.
     """
 
     horizon: int = 0
@@ -75,16 +75,16 @@ class Reached:
         if self.request is not None:
             assert self.reach.lag is not None
             opened = self.request.take(there)
-            more["lagged"] = last_until(self.times, first, here, self.times.take(opened) - self.reach.lag)
+            before = np.minimum(here, opened - 1)  # a lag of 0 is no leave to read the request itself
+            more["lagged"] = last_until(self.times, first, before, self.times.take(opened) - self.reach.lag)
             more["request"] = 1 + opened % (1 << 30)
         return there, more
 
 
 def request_start(log: EventLog, gap: int) -> np.ndarray:
-    """int64 [E]: the row of the first event of each event's request."""
-    from_request = request_ids(log, gap)
-    opens = np.flatnonzero(np.diff(from_request, prepend=from_request[:1] - 1))
-    return np.repeat(opens, np.diff(opens, append=len(from_request)))
+    """int64 [E]: the row of the first event of each event's request, which others may interrupt."""
+    _, first, request = np.unique(request_ids(log, gap), return_index=True, return_inverse=True)
+    return first[request].astype(np.int64)
 
 
 def last_until(times: np.ndarray, first: np.ndarray, last: np.ndarray, limit: np.ndarray) -> np.ndarray:

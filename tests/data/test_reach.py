@@ -5,7 +5,7 @@ import pytest
 
 from recscale.data.event_log import Column, EventLog, EventLogError
 from recscale.data.loading import Loader
-from recscale.data.reach import Reach, draw_ahead, last_until
+from recscale.data.reach import Reach, draw_ahead, last_until, request_start
 from recscale.data.splits import View
 
 RNG = np.random.default_rng(0)
@@ -68,12 +68,15 @@ def test_a_loader_trains_on_events_of_the_horizon_and_changes_them_from_epoch_to
         assert all(np.array_equal(again[name], epochs[i][name]) for name in again)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_lagged_slots_are_old_enough_and_as_new_as_that_allows(layout):
-    lag, gap = 60, 100
-    loader = Loader(log(), view(), batch_size=1, length=48, row_length=96, layout=layout, reach=Reach(0, "", lag, gap))
+@pytest.mark.parametrize("lag", [60, 0])
+@pytest.mark.parametrize(("layout", "window", "length"), [("packed", "last", 48), ("padded", "random", 20)])
+def test_lagged_slots_are_before_the_request_old_enough_and_as_new_as_that_allows(layout, window, length, lag):
+    """With a lag of 0 too: the first event of a request is as old as the request, and of it."""
+    gap = 100
+    how = {"batch_size": 1, "length": length, "row_length": 96, "layout": layout, "window": window}
+    loader = Loader(log(), view(), **how, reach=Reach(0, "", lag, gap))
     checked = 0
-    for i in range(loader.steps_per_epoch):
+    for i in range(2 * loader.steps_per_epoch):
         batch = {name: values[0] for name, values in loader[i].items()}
         for slot in np.flatnonzero(batch["target"]):
             row = batch["target"][slot] - 1
@@ -82,12 +85,19 @@ def test_lagged_slots_are_old_enough_and_as_new_as_that_allows(layout):
             while first > begin and TIMES[first] - TIMES[first - 1] <= gap:
                 first -= 1
             oldest = batch["item_id"][slot - batch["positions"][slot]] - 1
-            fits = [r for r in range(oldest, row) if TIMES[r] <= TIMES[first] - lag]
+            fits = [r for r in range(oldest, first) if TIMES[r] <= TIMES[first] - lag]
             lagged = batch["lagged"][slot]
             assert (batch["item_id"][lagged - 1] - 1 if lagged else None) == (fits[-1] if fits else None)
             assert batch["request"][slot] == 1 + first
             checked += 1
     assert checked > 90
+
+
+def test_a_request_that_another_one_interrupts_begins_where_it_first_began():
+    events = {"item_id": np.ones(7, np.int32), "request_id": np.array([5, 9, 5, 9, 3, 5, 5])}
+    columns = {"item_id": Column("id"), "request_id": Column("extra")}
+    made = EventLog(np.array([0, 5, 7]), events, columns, num_items=1)
+    np.testing.assert_array_equal(request_start(made, 60), [0, 1, 0, 1, 4, 5, 5])
 
 
 def test_what_cannot_be_is_refused():
