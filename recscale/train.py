@@ -102,12 +102,16 @@ def main(_: list[str]) -> None:
             abandon(1)
         sys.exit(text)
     for row in book["evaluations"]:
-        print(
-            f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {row['value']:.5f} +- {row['stderr'] or 0:.5f}"
-        )
+        print(shown(row))
     if book["status"] != "ok":
         print(f"{book['status']}: {book['reason']}", file=sys.stderr)
     leave()
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row of the evaluation as a line; a value may be undefined (no pair in the slice, say)."""
+    value = "undefined" if row["value"] is None else f"{row['value']:.5f} +- {row['stderr'] or 0:.5f}"
+    return f"{row['split']:5s} {row['slice']:12s} {row['metric']:18s} {value}"
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

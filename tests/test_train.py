@@ -339,3 +339,9 @@ def test_a_lost_table_row_ends_the_run_with_an_error(capsys):
     assert seen == [(2, 1.5)] and "step 2/2  loss 1.5000  compiled" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"step 2: the exchange of table rows lost 3 rows"):
         train._read(there, {"loss": jnp.float32(1.5), "lost_rows": jnp.int32(3)}, training.Line())
+
+
+def test_an_undefined_value_is_shown_as_such():
+    row = {"split": "test", "slice": "new_items", "metric": "gauc/like", "value": None, "stderr": None, "n": 0}
+    assert train.shown(row).split() == ["test", "new_items", "gauc/like", "undefined"]
+    assert train.shown(row | {"value": 0.5}).endswith("0.50000 +- 0.00000")

@@ -36,7 +36,7 @@ class Reach:
             raise EventLogError(f"{self}: positive = {self.positive!r} says what is drawn within a horizon: give one.")
 
     def open(self, log: EventLog) -> "Reached":
-        """Over this log; raises EventLogError where it has no times or no such column."""
+        """Over this log; raises EventLogError where it has no times or no such feedback."""
         return Reached(self, log)
 
 
@@ -48,8 +48,9 @@ class Reached:
             raise EventLogError(f"{reach}: {log.path} has no timestamps.")
         self.reach, self.times, self.positive, self.request = reach, np.asarray(log.events["timestamp"]), None, None
         if reach.positive:
-            if reach.positive not in log.events:
-                raise EventLogError(f"{reach}: the log has the columns {sorted(log.events)}.")
+            known = [name for name, column in log.columns.items() if column.kind in ("feedback", "extra")]
+            if reach.positive not in known:
+                raise EventLogError(f"{reach}: positive = {reach.positive!r} is not a feedback column; it has {known}.")
             flags = np.asarray(log.events[reach.positive]) > 0
             self.positive = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
         if reach.lag is not None:

@@ -60,14 +60,14 @@ class Config(next_item.Config):
                 f"task.next_item = {self.next_item}, hidden = {self.hidden}, heads = {self.heads}: expected a "
                 "weight of at least 0, a positive width, and something to learn"
             )
+        if not all(isinstance(head, tuple | list) and len(head) == 2 for head in self.heads):
+            raise ValueError(f"task.heads = {self.heads!r}: expected pairs (column of feedback, one of {tuple(KINDS)})")
         for column, kind in self.heads:
             if kind not in KINDS:
                 raise ValueError(f"task.heads: {column!r} is {kind!r}: expected one of {tuple(KINDS)}")
         if len({column for column, _ in self.heads}) < len(self.heads):
             raise ValueError(f"task.heads = {self.heads}: a column may have one head")
-        if list(self.edges) != sorted(set(self.edges)) or (
-            not self.edges and any(kind == "ordinal" for _, kind in self.heads)
-        ):
+        if not (np.diff(self.edges) > 0).all() or (not self.edges and any(kind == "ordinal" for _, kind in self.heads)):
             raise ValueError(f"task.edges = {self.edges}: an ordinal head needs ascending edges")
 
 

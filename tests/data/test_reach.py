@@ -108,5 +108,6 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(EventLogError, match=message):
             Reach(**wrong)
-    with pytest.raises(EventLogError, match="'love'"):
-        Reach(60, "love").open(log())
+    for name in ("love", "timestamp"):
+        with pytest.raises(EventLogError, match=rf"'{name}' is not a feedback column.*\['like'\]"):
+            Reach(60, name).open(log())

@@ -190,7 +190,10 @@ def test_the_head_counts_its_parameters(form):
         ({"heads": (("like", "logistic"),)}, "'like' is 'logistic'"),
         ({"heads": (("like", "binary"), ("like", "binary"))}, "one head"),
         ({"heads": (), "next_item": 0.0}, "something to learn"),
+        ({"heads": ("like", "binary")}, "expected pairs"),
+        ({"heads": (("like", "binary", 2.0),)}, "expected pairs"),
         ({"edges": (1.0, 0.5)}, "ascending"),
+        ({"edges": (0.5, float("nan"))}, "ascending"),
         ({"edges": ()}, "ascending"),
     ],
 )
