@@ -243,7 +243,7 @@ class Task(next_item.Task):
     def _looked_up(self, lookup, batch):
         return {name: lookup(*owned) for name, owned in self._read(batch).items()}
 
-    def _outputs(self, model, rows, batch, key, **how):
+    def _outputs(self, model, rows, batch, key, **how) -> tuple[Any, Any]:
         """Query of the next item [B, L, D] (None where it is not learnt) and feedback logits [B, L, K, O]."""
         zero = jnp.zeros_like(rows["history"])
         item = sum((rows[name] for name in self.of_items), rows["history"])

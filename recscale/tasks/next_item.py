@@ -209,6 +209,16 @@ class Task:
         rows |= {name: lookup(*owned) for name, owned in self._described(batch).items()}
         return self._query(model, rows, batch, None)
 
+    def predict(self, model, lookup: Callable[[str, jax.Array], jax.Array], batch: dict) -> dict[str, jax.Array]:
+        """Column of each head -> prediction float32 [B, L] of the event after each input; here there is no head."""
+        del model, lookup, batch
+        return {}
+
+    def graded(self, column: str, label: Any) -> Any:
+        """Labels as predictions of this column are compared with: here as they are."""
+        del column
+        return label
+
     def item(self, vectors: jax.Array) -> jax.Array:
         """Vectors [..., D] of the item table, as they are scored against."""
         return l2_normalize(vectors) if self.config.similarity == "cosine" else vectors
