@@ -61,7 +61,8 @@ def work_of(run: programs.Program, num_items: int) -> Work:
     """What a step of a program is to do."""
     config = run.config
     events = events_per_step(config)
-    forward = dict(run.model.flops(run.model_config, config.loader.length * run.task.tokens_per_event))
+    tokens = config.loader.length * run.task.tokens_per_event + run.task.prefix
+    forward = dict(run.model.flops(run.model_config, tokens))
     flops = {part: histories_per_step(config) * value for part, value in forward.items()}
     dim = config.model.embed_dim
     flops["head"] = events * run.task.head_flops(dim)

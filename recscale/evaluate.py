@@ -36,7 +36,8 @@ from recscale.layers.ranking import pack_seen, rank_catalogue
 from recscale.layers.tables import Arrays, Mixers, Tables
 from recscale.mesh import BATCH, REPLICATED, place_same
 from recscale.metrics import NonFiniteScore
-from recscale.run import Run, build, init_state
+from recscale.program import abstract_state
+from recscale.run import Run, build
 
 
 def evaluate(
@@ -303,7 +304,7 @@ def main(_argv: list[str]) -> None:
             step = checkpoints.latest()
             if step is None:
                 raise ValueError(f"{folder}: no checkpoint; train first, with the same --config and --workdir")
-            state, _ = checkpoints.restore(step, init_state(run))
+            state, _ = checkpoints.restore(step, abstract_state(run))
         rows, _ = evaluate_split(run, state, _SPLIT.value, step, final=True)
     except (EventLogError, ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {error}")

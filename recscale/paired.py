@@ -4,6 +4,8 @@ Users are drawn with replacement and keep all their rows; both runs get the same
 no metric sorts anything twice. The difference is that of the second run minus the first. Where a file has no `user`
 (runs that only predict items), the examples of the view are drawn: each is one user in most splits.
 
+Rows that repeat the one before (data/requests.py) are left out, as recscale.evaluate_feedback does.
+
     python -m recscale.paired RUN_A RUN_B [--split=test] [--resamples=1000] [--seed=0] [--ks 10] [--common]
 """
 
@@ -156,6 +158,15 @@ def common_rows(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[dic
     return {name: values[of_a] for name, values in a.items()}, {name: values[of_b] for name, values in b.items()}
 
 
+def without_repeats(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """Both runs, which share their targets, without those that either marks as a `repeat` of the row before."""
+    marks = [run["repeat"] for run in (a, b) if "repeat" in run]
+    if not marks or len(a["row"]) != len(b["row"]):
+        return a, b
+    once = ~np.any(marks, axis=0)
+    return {name: values[once] for name, values in a.items()}, {name: values[once] for name, values in b.items()}
+
+
 def statistics_of(
     run: Mapping[str, np.ndarray], user: np.ndarray, users: int, ks: Sequence[int]
 ) -> dict[str, Statistic]:
@@ -257,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.resamples < 2:
             raise ValueError(f"--resamples={args.resamples}: expected at least 2.")
         a, b = read_run(args.run_a, args.split), read_run(args.run_b, args.split)
-        a, b = common_rows(a, b) if args.common else (a, b)
+        a, b = without_repeats(*(common_rows(a, b) if args.common else (a, b)))
         user, users = aligned(a, b)
         sides = [statistics_of(run, user, users, args.ks) for run in (a, b)]
         rows = compare(sides[0], sides[1], users, args.resamples, args.seed)

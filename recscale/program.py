@@ -118,7 +118,7 @@ def program(
 
 def task_of(config: ml_collections.ConfigDict, num_items: int) -> Task:
     """The config's task over that many items."""
-    objective = TASKS[config.task_name]
+    objective: ModuleType = TASKS[config.task_name]
     features = {"inputs": tuple(config.loader.inputs), "queries": tuple(config.loader.queries)}
     return objective.Task(objective.Config(**config.task), num_items, **features)
 

@@ -36,6 +36,8 @@ class Run(Program):
 def build(config: ml_collections.ConfigDict) -> Run:
     """Build a run; raises TypeError or ValueError for a config that does not fit, EventLogError for the data."""
     check_config(config)
+    if config.train.branch_from and config.train.warm_start:
+        raise ValueError("train.branch_from and train.warm_start: a run begins with one other run at most")
     log = EventLog.open(config.data.path)
     for key, found in (("num_items", log.num_items), ("num_events", log.num_events)):
         if config.data[key] not in (0, found):
@@ -95,7 +97,8 @@ def _fixed_values(run: Program, log: EventLog, view: splits.View) -> dict[str, n
 def costs(run: Run, steps: int) -> dict[str, Any]:
     """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding)."""
     c, dim = run.config, run.model_config.embed_dim
-    lengths, counts = np.unique(run.loader.lengths * run.task.tokens_per_event, return_counts=True)
+    tokens = run.loader.lengths * run.task.tokens_per_event + run.task.prefix
+    lengths, counts = np.unique(tokens, return_counts=True)
     parts = {"projections": 0.0, "attention": 0.0}
     for length, count in zip(lengths, counts, strict=True):
         for part, value in run.model.flops(run.model_config, int(length)).items():

@@ -92,6 +92,11 @@ class Training:
     def build(self, like: Run | None = None) -> None:
         """Build the run, sharing with `like` what evaluation compiles for."""
         run = build(self.config)
+        if getattr(run.model_config, "anchor", "event") != "event":
+            raise ValueError(
+                f"model.anchor = {run.model_config.anchor!r} measures positions and times from the end of a history, "
+                "which training on every position would give away: train with model.anchor = 'event'"
+            )
         if like is not None:
             task = like.task if run.task.config == like.task.config else run.task
             run = dataclasses.replace(run, mesh=like.mesh, tables=like.tables, task=task)
@@ -249,6 +254,7 @@ def selected(rows: list[dict[str, Any]], config: ConfigDict) -> int | None:
     values = {
         r["step"]: r["value"] for r in rows if r.get("metric") == metric and r["slice"] == "all" and "final" not in r
     }
+    values = {step: value for step, value in values.items() if value is not None}  # an undefined AUC selects nothing
     if not values:
         found = sorted({r["metric"] for r in rows if "metric" in r and "final" not in r})
         if found:

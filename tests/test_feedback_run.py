@@ -9,13 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import argus_kuairand
-from recscale import ranking_metrics, record, train
+from recscale import ranking_metrics, record, train, training
 from recscale.data.event_log import Column, EventLog
 from recscale.data.event_log_writer import write
 from recscale.evaluate import evaluate_split
 from recscale.evaluate_feedback import evaluate_feedback
 from recscale.mesh import place_batch
-from recscale.run import build, init_state
+from recscale.run import build, costs, init_state
 from recscale.step import make_train_step
 from recscale.tasks.next_item import FREQUENCY
 
@@ -172,3 +172,35 @@ def test_features_of_users_are_a_prefix_that_everybody_sees(form, log, tmp_path)
     assert value["auc/like"] > 0.99
     with pytest.raises(ValueError, match=r"model\.prefix = 0"):
         build(tiny(tmp_path / "log", **changes, **wide | {"model__prefix": 0}))
+
+
+def test_an_encoder_that_measures_from_the_end_of_a_history_is_not_trained_on_every_position(log, tmp_path):
+    c = tiny(log).unlock()
+    c.model_name = "stu"
+    sizes = {"embed_dim": 8, "width": 8, "depth": 1, "heads": 1, "qk_dim": 8, "v_dim": 8, "max_length": EVENTS}
+    rest = {"dropout": 0.0, "time_bias": False, "anchor": "request", "window": 0, "prefix": 0, "truncate_after": 0}
+    c.model = ConfigDict(sizes | rest | {"truncate_to": 0, "truncate_row": 0, "dtype": "float32"})
+    with pytest.raises(ValueError, match="from the end of a history"):
+        train.train(c.lock(), tmp_path / "stu")
+
+
+def test_an_undefined_metric_selects_nothing():
+    c = argus_kuairand.get_config().unlock()
+    c.train.update({"select": "auc/is_like max", "eval_every": 10})
+    rows = [
+        {"step": s, "metric": "auc/is_like", "slice": "all", "value": v} for s, v in ((10, None), (20, 0.7), (30, 0.6))
+    ]
+    assert training.selected(rows, c) == 20
+    with pytest.raises(ValueError, match=r"train\.select"):
+        training.selected(rows[:1], c)
+
+
+def test_the_record_counts_the_flops_of_every_token(log):
+    """Tokens of the form and of the prefix, by the encoder's own count."""
+    run = build(tiny(log, task__form="interleaved", model__max_length=2 * EVENTS))
+    found = costs(run, run.steps)["flops"]
+    lengths = 2 * run.loader.lengths
+    forward = sum(run.model.flops(run.model_config, int(n))["attention"] for n in lengths)
+    epochs = run.steps * run.config.loader.batch_size / run.loader.num_rows
+    assert found["attention"] == pytest.approx(3 * epochs * forward)
+    assert found["head"] == pytest.approx(3 * epochs * run.loader.num_targets * run.task.head_flops(8))

@@ -52,6 +52,7 @@ LIBRARY = {
     "recscale.evaluate": (
         "recscale.data",
         "recscale.evaluate_feedback",
+        "recscale.program",
         "recscale.reading",
         "recscale.layers",
         "recscale.metrics",

@@ -204,7 +204,7 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
 
 
 def _compared(runs: Sequence[Path], names: dict[str, Any]) -> list[dict[str, Any]]:
-    found = paired.common_rows(*(paired.read_run(run, "test") for run in runs))
+    found = paired.without_repeats(*paired.common_rows(*(paired.read_run(run, "test") for run in runs)))
     if (
         "score/is_click" in found[0]
         and found[0]["label/played_ratio"].tolist() != found[1]["label/played_ratio"].tolist()

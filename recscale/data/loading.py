@@ -211,6 +211,10 @@ class Loader:
         batch["target"] *= spread_events((there >= self._target_start[segment][of]) & (there > here))
         batch["positions"] = spread(position.astype(np.int32))
         batch["segment_ids"] = spread((1 + runs(np.zeros_like(per_row), per_row)).astype(np.int32)[owner])
+        if prefix:  # the time of a prefix is that of the user's first event
+            rows_of = np.repeat(first, wide)
+            for name in {"timestamp", "query_timestamp"} & set(self._columns):
+                batch[name] = np.where(spread(event), batch[name], spread(self._columns[name][0](rows_of)))
         for place, (name, read) in enumerate(self._prefix):
             batch[name] = spread(np.where(position == place, read(self._user[segment])[owner], 0).astype(np.int32))
         if "lagged" in more:  # from a row of the log to 1 + its slot in the batch's row
@@ -243,7 +247,10 @@ def _check_arguments(
     process_count: int,
 ) -> None:
     if length < 1 or row_length < length:
-        raise EventLogError(f"length={length}, row_length={row_length}; expected 1 <= length <= row_length.")
+        raise EventLogError(
+            f"length={length} (with a slot for each feature of users), row_length={row_length}; "
+            "expected 1 <= length <= row_length."
+        )
     if layout not in ("packed", "padded"):
         raise EventLogError(f"layout={layout!r}, expected 'packed' or 'padded'.")
     if window not in ("last", "random"):

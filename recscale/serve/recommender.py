@@ -74,6 +74,11 @@ class Recommender:
                 f"task.form = {run.task.config.form!r} with a model that measures from the end of a history: its "
                 "candidates change all that is kept; use form 'collapsed', or model.anchor = 'event' without truncation"
             )
+        if run.task.prefix:
+            raise BadRequest(
+                "loader.inputs has features of users (users/NAME), which take positions of their own before the "
+                "history: such a run is evaluated, not served"
+            )
         timed = "time_bias" in run.config.model and bool(run.config.model.time_bias)
         waits_for_nothing = "query_time" in run.config.model and run.config.model.query_time == "last_event"
         columns = run.task.columns

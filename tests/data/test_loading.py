@@ -354,6 +354,10 @@ def test_importing_the_loader_does_not_import_tensorflow():
     assert out.stdout.strip() == "False"
 
 
+def plain_first_time(loader: Loader, example: int) -> int:
+    return int(loader[example]["timestamp"][0, 0])
+
+
 @LAYOUTS
 def test_features_of_users_take_slots_before_the_events_and_change_nothing_else(layout):
     log = tail_log()
@@ -376,7 +380,8 @@ def test_features_of_users_take_slots_before_the_events_and_change_nothing_else(
         assert part["positions"].tolist() == list(range(len(part["example"])))
         alone = {name: values[0][: len(part["example"]) - 2] for name, values in plain[example].items()}
         for name in alone.keys() - {"positions", "segment_ids", "example"}:
-            assert not part[name][:2].any()
+            expected = [plain_first_time(plain, example)] * 2 if name.endswith("timestamp") else [0, 0]
+            assert part[name][:2].tolist() == expected
             np.testing.assert_array_equal(part[name][2:], alone[name], err_msg=name)
 
 
