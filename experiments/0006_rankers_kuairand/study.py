@@ -205,11 +205,8 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
 
 def _compared(runs: Sequence[Path], names: dict[str, Any]) -> list[dict[str, Any]]:
     found = paired.without_repeats(*paired.common_rows(*(paired.read_run(run, "test") for run in runs)))
-    if (
-        "score/is_click" in found[0]
-        and found[0]["label/played_ratio"].tolist() != found[1]["label/played_ratio"].tolist()
-    ):
-        dropped = ("label/played_ratio", "score/played_ratio")  # edges passed here, the ratio itself there
+    if "baselines" in runs[0].parts:
+        dropped = ("label/played_ratio", "score/played_ratio")  # edges passed in the runs, the ratio itself there
         found = tuple({name: values for name, values in run.items() if name not in dropped} for run in found)
     user, users = paired.aligned(*found)
     a, b = (paired.statistics_of(run, user, users, ks=(10, 100) if "hits" in run else (10,)) for run in found)
