@@ -147,7 +147,7 @@ def test_a_warm_start_that_cannot_be_is_one_line(where, changes, message, log, t
         init_state(build(tiny(log, **changes, train__warm_start=str(trained / where))))
 
 
-@pytest.mark.parametrize("form", ["collapsed", "interleaved"])
+@pytest.mark.parametrize("form", ["collapsed", pytest.param("interleaved", marks=pytest.mark.slow)])
 def test_features_of_users_are_a_prefix_that_everybody_sees(form, log, tmp_path):
     """A user column decides what is liked: with it as a prefix the very first target is foretold, without it not."""
     rng, made = np.random.default_rng(1), EventLog.open(log)

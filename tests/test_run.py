@@ -1,5 +1,7 @@
 """From config to step: causality, packing, costs against the compiler, one trace, nothing fetched by the step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,11 +116,13 @@ def test_packing_changes_no_training_loss(name, log):
         assert loader.steps_per_epoch == 1
         batch = {k: jnp.asarray(v) for k, v in loader[0].items()}
         batch = run.task.draw(batch, key)
-        rows_of = {
-            name: run.tables.lookup(state["tables"], state["mixers"], table, ids)
-            for name, (table, ids) in run.task.wanted(batch).items()
-        }
-        loss, metrics = jax.jit(run.task.loss)(state["model"], rows_of, batch, key)
+
+        def loss_of(state, batch):
+            look = functools.partial(run.tables.lookup, state["tables"], state["mixers"])
+            rows_of = {name: look(table, ids) for name, (table, ids) in run.task.wanted(batch).items()}
+            return run.task.loss(state["model"], rows_of, batch, key)
+
+        loss, metrics = jax.jit(loss_of)(state, batch)
         losses.append(float(loss))
         shapes.append((int(metrics["targets"]), int(loader[0]["segment_ids"].max())))
     assert len({targets for targets, _ in shapes}) == 1

@@ -26,6 +26,7 @@ STU = {
     "time_bias": True, "anchor": "request", "window": 0, "prefix": 0, "truncate_after": 1, "truncate_to": 3,
     "truncate_row": 0, "dtype": "float32",
 }  # fmt: skip
+SLOW_STU, SLOW_INTERLEAVED = (pytest.param(name, marks=pytest.mark.slow) for name in ("stu", "interleaved"))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def predictions(recommender: Recommender, state: dict[str, Any], candidates: lis
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("name", ["hstu", "stu", "interleaved"])
+@pytest.mark.parametrize("name", ["hstu", SLOW_STU, SLOW_INTERLEAVED])
 def test_recommends_what_the_uncached_model_ranks_first(name, log):
     recommender, state = answering(name, log)
     histories, told = asked(recommender, range(USERS))
@@ -175,7 +176,7 @@ def test_recommends_what_the_uncached_model_ranks_first(name, log):
     np.testing.assert_allclose(by_item, scores[:, [2, 8, 3, 8]], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["collapsed", "interleaved", "literal"])
+@pytest.mark.parametrize("form", ["collapsed", SLOW_INTERLEAVED, pytest.param("literal", marks=pytest.mark.slow)])
 def test_ranks_by_what_the_task_predicts_of_each_candidate(form, log):
     recommender, state = answering(form, log)
     histories, told = asked(recommender, range(USERS))
@@ -191,7 +192,7 @@ def test_ranks_by_what_the_task_predicts_of_each_candidate(form, log):
     np.testing.assert_allclose(recommender.rank(histories[0], candidates, **single), expected[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["hstu", "stu", "interleaved"])
+@pytest.mark.parametrize("name", ["hstu", SLOW_STU, SLOW_INTERLEAVED])
 def test_a_memory_grows_into_the_same_answers(name, log):
     """Event by event, and past the length that the model reads."""
     recommender, _ = answering(name, log)
