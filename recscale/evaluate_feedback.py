@@ -46,14 +46,14 @@ def evaluate_feedback(
     """
     loader = reading.eval_loader(run.config, run.task, run.log, view)
     by_rows = NamedSharding(run.mesh, BATCH)
-    predict = jax.jit(functools.partial(_predict, run), out_shardings=NamedSharding(run.mesh, REPLICATED))
     arrays = (state["model"], state["tables"], state["mixers"])
     parts: list[PerTarget] = []
     for i in range(loader.steps_per_epoch):
         poll()
         batch = loader[i]
         at, place, example, row = targets_of(run.log, view, batch)
-        scores = predict(*arrays, {name: place_same(by_rows, value) for name, value in batch.items()})
+        placed = {name: place_same(by_rows, value) for name, value in batch.items()}
+        scores = _predict(*arrays, placed, tables=run.tables, task=run.task)
         found = {"example": example, "row": row}
         for column, score in scores.items():
             found[f"label/{column}"] = batch["label_" + column][at, place].astype(np.float64)
@@ -72,8 +72,11 @@ def evaluate_feedback(
     return _rows(run.task.heads, per_target, masks, {"step": step, "split": view.name}), per_target
 
 
-def _predict(run: Run, model, tables, mixers, batch):
-    return run.task.predict(model, functools.partial(run.tables.lookup, tables, mixers), batch)
+@functools.partial(jax.jit, static_argnames=("tables", "task"))
+def _predict(model, arrays, mixers, batch, *, tables, task):
+    """Predictions on every device; compiled once for a run, however often it is evaluated."""
+    found = task.predict(model, functools.partial(tables.lookup, arrays, mixers), batch)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(tables.mesh, REPLICATED))
 
 
 def _requests(log: EventLog, gap: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import argus_kuairand
+from recscale import evaluate_feedback as evaluate_feedback_module
 from recscale import ranking_metrics, record, train, training
 from recscale.data.event_log import Column, EventLog
 from recscale.data.event_log_writer import write
@@ -96,6 +97,15 @@ def test_predictions_do_not_depend_on_the_batch(log, trained):
     assert not np.array_equal(state["tables"]["item"], other["tables"]["item"])
     one, two = (evaluate_split(build(tiny(log, **how)), state, "test", 1)[1] for how in ({}, {"eval__batch_size": 3}))
     np.testing.assert_allclose(one["score/like"], two["score/like"], rtol=1e-5)
+
+
+def test_a_second_evaluation_compiles_nothing(log):
+    run = build(tiny(log))
+    state = init_state(run)
+    evaluate_split(run, state, "test", 1)
+    compiled = evaluate_feedback_module._predict._cache_size()
+    evaluate_split(run, state, "test", 2)
+    assert evaluate_feedback_module._predict._cache_size() == compiled > 0
 
 
 def two_towers(log: Path, **changes) -> ConfigDict:

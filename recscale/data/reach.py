@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from recscale.data.event_log import EventLog, EventLogError
+from recscale.data.hashing import uniform
 from recscale.data.requests import request_ids
 
 
@@ -120,19 +121,7 @@ def draw_ahead(
     if positive is not None:
         before, until = positive[before], positive[until]
     count = until - before
-    drawn = before + np.minimum((_uniform(here, stream) * count).astype(np.int64), count - 1)
+    drawn = before + np.minimum((uniform(stream[0], stream[1], here) * count).astype(np.int64), count - 1)
     if positive is not None:
         drawn = np.searchsorted(positive, drawn, side="right") - 1  # the row of positive number `drawn`
     return np.where(count > 0, drawn, -1)
-
-
-def _uniform(rows: np.ndarray, stream: tuple[int, np.ndarray]) -> np.ndarray:
-    """Numbers in [0, 1) that depend on the row and the stream alone (the finalizer of SplitMix64)."""
-    with np.errstate(over="ignore"):
-        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        for word in stream:
-            x = x + (np.asarray(word).astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)) * 2.0**-53

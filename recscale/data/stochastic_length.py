@@ -12,9 +12,9 @@ Every draw is a hash of (seed, epoch, example, event): the same for any batch, p
 import numpy as np
 
 from recscale.data.event_log import EventLogError
+from recscale.data.hashing import uniform
 
 _LENGTH_STREAM, _EVENT_STREAM = 0, 1
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def thinned(max_length: int, alpha: float) -> int:
@@ -40,7 +40,7 @@ def kept_lengths(count: np.ndarray, max_length: int, alpha: float, *, seed: int,
     epoch for ever; then only the choice of the events changes from epoch to epoch.
     """
     count = np.asarray(count, np.int64)
-    drawn = _uniform(seed, epoch, _LENGTH_STREAM, np.arange(len(count)), np.zeros(len(count), np.int64))
+    drawn = uniform(seed, epoch, _LENGTH_STREAM, np.arange(len(count)), np.zeros(len(count), np.int64))
     return np.where(drawn < thinning_probability(count, max_length, alpha), thinned(max_length, alpha), count)
 
 
@@ -75,7 +75,7 @@ def kept_offsets(
     who, place = owner[chosen], offset[chosen]
     weight = _weights(who, (count[owner] - 1 - offset if age is None else np.asarray(age, np.float64))[chosen], count)
     epochs = np.broadcast_to(np.asarray(epoch, np.int64), count.shape)
-    drawn = _uniform(seed, epochs[who], _EVENT_STREAM, example[who], place)
+    drawn = uniform(seed, epochs[who], _EVENT_STREAM, example[who], place)
     # The smallest exponential draws of rate `weight` are a weighted sample without replacement (Efraimidis, Spirakis).
     order = np.lexsort((-np.log1p(-drawn) / weight, who))
     first = np.searchsorted(who, np.arange(len(count)))  # `who` ascends
@@ -90,18 +90,3 @@ def _weights(owner: np.ndarray, age: np.ndarray, count: np.ndarray) -> np.ndarra
     """1 - f_i / sum(f) inside each example, never quite 0; 1 where all ages are 0."""
     total = np.bincount(owner, age, minlength=len(count))[owner]
     return np.maximum(1.0 - age / np.maximum(total, np.finfo(np.float64).tiny), 1e-9)
-
-
-def _uniform(seed: int, epoch: int | np.ndarray, stream: int, example: np.ndarray, event: np.ndarray) -> np.ndarray:
-    """Uniform float64 in [0, 1) by a hash of all five (the mixer of splitmix64 over them one by one)."""
-    with np.errstate(over="ignore"):
-        state = np.full(example.shape, np.uint64(seed % 2**64))
-        for part in (stream, epoch, example, event):
-            state = _mixed((state ^ np.asarray(part).astype(np.uint64)) + _GOLDEN)
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mixed(state: np.ndarray) -> np.ndarray:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
