@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
             "lag": 0,
             "request_gap": 0,
             "alpha": 2.0,
+            "segments": 0,
         }
     )
 

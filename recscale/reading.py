@@ -36,6 +36,8 @@ def views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.
         found["train"] = splits.limit_events(found["train"], config.data.events_per_user)
     if config.loader.window == "all":
         found["train"] = splits.in_windows(found["train"], config.loader.length)
+    if config.loader.window == "prefixes":
+        found["train"] = splits.prefixes(found["train"], config.loader.length)
     for split in (*config.eval.final, *([config.eval.during] if config.train.eval_every else [])):
         if split not in found:
             raise ValueError(f"eval: split.name = {config.split.name!r} gives {tuple(found)}, not {split!r}")
@@ -58,6 +60,7 @@ def cardinalities(config: ml_collections.ConfigDict, log: EventLog) -> dict[str,
         raise ValueError(f"model.time_bias needs timestamps, {where} has none: set it to False")
     _check_horizon(config, timed)
     _check_request(config)
+    _check_one_target(config)
     return {name: open_feature(log, name).cardinality for name in dict.fromkeys((*c.inputs, *c.queries))}
 
 
@@ -101,6 +104,30 @@ def _check_request(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_one_target(config: ml_collections.ConfigDict) -> None:
+    c, one = config.loader, config.loader.window in ("prefixes", "spans")
+    if config.model_name == "tiger" and not one:
+        raise ValueError(
+            f"loader.window = {c.window!r}: the encoder of 'tiger' reads the whole history of a target at once, which "
+            "would show it the targets in between; use 'prefixes' (one example per target) or 'spans'"
+        )
+    if c.segments < 0 or (c.segments and not one):
+        raise ValueError(
+            f"loader.segments = {c.segments} with loader.window = {c.window!r}: it bounds the examples, each of one "
+            "target, of a row; use 0, or window 'prefixes'"
+        )
+    if config.task_name == "semantic_id" and config.eval.protocols and config.eval.top_k < max(config.eval.ks):
+        raise ValueError(
+            f"eval.top_k = {config.eval.top_k} is the width of the beam, eval.ks = {tuple(config.eval.ks)}: expected a "
+            f"width of at least {max(config.eval.ks)}"
+        )
+    if config.task_name == "semantic_id" and (c.horizon or c.request_gap or c.alpha < 2.0):
+        raise ValueError(
+            f"loader: horizon = {c.horizon}, request_gap = {c.request_gap}, alpha = {c.alpha}: task 'semantic_id' "
+            "generates the very next item; use 0, 0 and 2.0"
+        )
+
+
 def _form(config: ml_collections.ConfigDict) -> str:
     return config.task.form if "form" in config.task else "collapsed"
 
@@ -132,7 +159,8 @@ def train_loader(config: ml_collections.ConfigDict, task: Task, log: EventLog, v
         log,
         view,
         batch_size=c.batch_size,
-        window="random" if c.window == "random" else "last",
+        window=c.window if c.window in ("random", "spans") else "last",
+        segments=c.segments,
         reach=_reach(config, c.horizon, c.positive),
         alpha=c.alpha,
         seed=config.seed,
@@ -154,6 +182,12 @@ def eval_loader(config: ml_collections.ConfigDict, task: Task, log: EventLog, vi
         reach=reach,
         **_shape(config, task),
     )
+
+
+def generation_loader(config: ml_collections.ConfigDict, task: Task, log: EventLog, view: splits.View) -> Loader:
+    """One pass over a view of one target per example, one example a row, the whole of it in every process."""
+    shape = _shape(config, task) | {"row_length": None, "layout": "padded"}
+    return Loader(log, view, batch_size=config.eval.batch_size, shuffle=False, with_example=True, **shape)
 
 
 def _shape(config: ml_collections.ConfigDict, task: Task) -> dict:

@@ -8,7 +8,7 @@ A name is one of:
 * `items/NAME`: an item column, at the event's item. Integers become codes 1.. of their distinct values, floats become
   deciles over the items;
 * `users/NAME`, a user column, coded like an item's: not of an event, but a slot of its own before the user's first one
-  (the contextual prefix of the production HSTU);
+  (the contextual prefix of the production HSTU). `users/hashN` is the user's number hashed to 1..N, TIGER's user token;
 * `hour` (1..24) and `weekday` (1..7) of the log's clock;
 * `item_id`, the item itself.
 
@@ -21,8 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from recscale.data.event_log import Column, EventLog, EventLogError
+from recscale.data.hashing import uniform
 
 ITEM, USER = "items/", "users/"
+HASHED = USER + "hash"
 # Fine below 1, where ratios are; halves up to 5, where ratings are. Fixed, so that no bucket depends on later events.
 EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.05, 1.25, *np.arange(1.75, 5.0, 0.5)], np.float32)
 DECILES = 10
@@ -51,6 +53,9 @@ def open_feature(log: EventLog, name: str) -> Feature:
         codes, size = _codes(values[1:])
         codes = np.concatenate([np.zeros(1, np.int32), codes])
         return Feature(size, lambda rows: codes.take(items.take(rows)))
+    if name.startswith(HASHED) and name.removeprefix(HASHED).isdecimal() and int(name.removeprefix(HASHED)):
+        buckets = int(name.removeprefix(HASHED))
+        return Feature(buckets + 1, lambda users: 1 + np.floor(uniform(0, users) * buckets).astype(np.int32))
     if name.startswith(USER):
         codes, size = _codes(_described(log, log.users, name))
         return Feature(size, codes.take)

@@ -25,11 +25,13 @@ ROW_STREAM, WINDOW_STREAM = 0, 1  # what a seed is used for
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    """Row order [rows] and first input event of each example [N] in one epoch."""
+    """Row order [rows]; of each example [N] its first input event, its inputs and its first target, in one epoch."""
 
     number: int
     rows: np.ndarray
     first: np.ndarray
+    count: np.ndarray
+    target_start: np.ndarray
 
 
 class Loader:
@@ -50,14 +52,15 @@ class Loader:
     another event the "next" one in all of the above, and add the keys `lagged` and `request`.
 
     An example keeps at most `length` inputs: the last ones, or with window="random" a run drawn anew in every epoch.
-    alpha < 2 thins long
-    examples (Stochastic Length, data/stochastic_length.py); each event kept is then followed by the next one kept.
+    window="spans" draws one target and how many of the inputs before it are kept (layout "padded"). alpha < 2 thins
+    long examples (Stochastic Length, data/stochastic_length.py); each event kept is then followed by the next one kept.
+    segments: examples in a row at most, 0 = as many as fit (shuffle=True).
     With shuffle=False there is one pass in the order of the plan and its last batch is completed with empty rows; with
     shuffle=True epochs follow each other without end and nothing is dropped: a batch may straddle two.
 
     Attributes: num_rows, steps_per_epoch (rounded up), real_tokens (inputs per epoch), fill (real tokens / slots),
     num_targets (supervised positions per epoch; with window="random" an upper bound), cut_targets (targets of the view
-    out of reach of the last `length` inputs).
+    out of reach of the last `length` inputs). With window="spans" lengths and what follows from them are upper bounds.
 
     Raises EventLogError: a view of another log, a missing column, a column or a time that does not fit 32 bits, a
     length < 1, a batch that processes cannot share.
@@ -80,6 +83,7 @@ class Loader:
         labels: Sequence[str] = (),
         reach: Reach | None = None,
         alpha: float = 2.0,
+        segments: int = 0,
         process_index: int = 0,
         process_count: int = 1,
         with_example: bool = False,
@@ -90,6 +94,11 @@ class Loader:
         _check_arguments(batch_size, longest, row_length, layout, window, process_index, process_count)
         if alpha < 2.0 and reach is not None and reach.lag is not None:
             raise EventLogError(f"alpha = {alpha} with lag = {reach.lag}: a lag needs all events; expected alpha = 2.")
+        if window == "spans" and (alpha < 2.0 or reach is not None or layout != "padded" or not shuffle):
+            raise EventLogError(
+                f"window='spans' with layout={layout!r}, shuffle={shuffle}, alpha={alpha}, reach={reach}: expected "
+                "layout 'padded', shuffled, alpha = 2 and no reach."
+            )
         check_view(log, view)
         if not len(view):
             raise EventLogError(f"view {view.name!r} has no example; dropped: {dict(view.dropped)}.")
@@ -109,7 +118,7 @@ class Loader:
         if layout == "padded":
             self._plan = packing.plan_padded(wide, row_length)
         elif shuffle:
-            self._plan = packing.plan(wide, row_length, seed=seed)
+            self._plan = packing.plan(wide, row_length, seed=seed, most=segments)
         else:
             self._plan = packing.plan_in_order(wide, row_length)
         self.num_rows = self._plan.num_rows
@@ -117,7 +126,7 @@ class Loader:
         self.real_tokens = int(self._count.sum())
         self.fill = self._plan.fill(wide)
         targets = self._stop - self._target_start
-        self.num_targets = int(np.minimum(targets, self._count).sum())
+        self.num_targets = len(view) if window == "spans" else int(np.minimum(targets, self._count).sum())
         self.cut_targets = int(targets.sum()) - self.num_targets
         self._epochs: dict[int, _Epoch] = {}
 
@@ -168,7 +177,12 @@ class Loader:
         if self._window == "random":
             uniform = np.random.default_rng((self.seed, WINDOW_STREAM, epoch)).random(len(skip))
             skip = (uniform * (self._spare + 1)).astype(np.int64)
-        return _Epoch(epoch, rows, self._start + skip)
+        if self._window == "spans":
+            rng = np.random.default_rng((self.seed, WINDOW_STREAM, epoch))
+            target = rng.integers(self._target_start, self._stop)
+            count = 1 + rng.integers(np.minimum(target - self._start, self._all))
+            return _Epoch(epoch, rows, target - count, count, target)
+        return _Epoch(epoch, rows, self._start + skip, self._count, self._target_start)
 
     def _fill(self, parts: list[tuple[_Epoch, np.ndarray]]) -> dict[str, np.ndarray]:
         """Gathers the examples of the rows at `places` of each epoch; rows that are lacking stay empty."""
@@ -177,9 +191,11 @@ class Loader:
         per_row = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
         segment = plan.segments[runs(plan.row_offsets[rows], per_row)]
         part = np.repeat(np.repeat(np.arange(len(parts)), [len(places) for _, places in parts]), per_row)
-        first = np.stack([epoch.first[segment] for epoch, _ in parts])[part, np.arange(len(segment))]
-
-        prefix, count = len(self._prefix), self._count[segment]
+        first, count, target_start = (
+            np.stack([getattr(epoch, name)[segment] for epoch, _ in parts])[part, np.arange(len(segment))]
+            for name in ("first", "count", "target_start")
+        )
+        prefix = len(self._prefix)
         wide = count + prefix
         before = np.cumsum(wide) - wide  # slots of the batch before each segment
         owner = np.repeat(np.arange(len(segment)), wide)  # each slot's segment
@@ -208,7 +224,7 @@ class Loader:
             stream = (self.seed, number[of])
             there, more = self._reach(here, there, first[of], self._stop[segment][of], stream)
         batch = {name: spread_events(read(there if ahead else here)) for name, (read, ahead) in self._columns.items()}
-        batch["target"] *= spread_events((there >= self._target_start[segment][of]) & (there > here))
+        batch["target"] *= spread_events((there >= target_start[of]) & (there > here))
         batch["positions"] = spread(position.astype(np.int32))
         batch["segment_ids"] = spread((1 + runs(np.zeros_like(per_row), per_row)).astype(np.int32)[owner])
         if prefix:  # the time of a prefix is that of the user's first event
@@ -234,7 +250,8 @@ class Loader:
         if self._count is not self._all:
             place = kept_offsets(self._all[segment], count, seed=self.seed, epoch=number, example=segment)
         here = first[owner] + place
-        return here, np.where(last, first[owner] + self._all[segment][owner], np.append(here[1:], 0)[: len(owner)])
+        after = first + (count if self._count is self._all else self._all[segment])
+        return here, np.where(last, after[owner], np.append(here[1:], 0)[: len(owner)])
 
 
 def _check_arguments(
@@ -253,8 +270,8 @@ def _check_arguments(
         )
     if layout not in ("packed", "padded"):
         raise EventLogError(f"layout={layout!r}, expected 'packed' or 'padded'.")
-    if window not in ("last", "random"):
-        raise EventLogError(f"window={window!r}, expected 'last' or 'random'.")
+    if window not in ("last", "random", "spans"):
+        raise EventLogError(f"window={window!r}, expected 'last', 'random' or 'spans'.")
     if process_count < 1 or batch_size < 1 or batch_size % process_count:
         raise EventLogError(f"batch_size={batch_size} rows cannot be shared evenly by process_count={process_count}.")
     if not 0 <= process_index < process_count:

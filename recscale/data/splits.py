@@ -223,6 +223,18 @@ def in_windows(view: View, length: int) -> View:
     )
 
 
+def prefixes(view: View, length: int = 0) -> View:
+    """One example per target, with the last `length` events before it (0: all of them): a window that slides.
+
+    Every example is predicted from its whole history at once; `dropped` and the number of targets stay.
+    """
+    counts = view.stop - view.target_start
+    example, target = np.repeat(np.arange(len(view)), counts), runs(view.target_start, counts)
+    start = view.start[example]
+    start = np.maximum(start, target - length) if length else start
+    return dataclasses.replace(view, user=view.user[example], start=start, target_start=target, stop=target + 1)
+
+
 def check_view(log: EventLog, view: View) -> None:
     """Raise EventLogError where a view does not belong to this log or an example is not start < target_start < stop."""
     arrays = (view.user, view.start, view.target_start, view.stop)
