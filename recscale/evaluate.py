@@ -32,6 +32,7 @@ from recscale.data.loading import targets_of
 from recscale.data.slices import SLICES
 from recscale.data.splits import View, runs
 from recscale.evaluate_feedback import evaluate_feedback
+from recscale.evaluate_generated import evaluate_generated
 from recscale.layers.ranking import pack_seen, rank_catalogue
 from recscale.layers.tables import Arrays, Mixers, Tables
 from recscale.mesh import BATCH, REPLICATED, place_same
@@ -252,6 +253,8 @@ def evaluate_split(
     view = run.views[split]
     slices = _slices(run, view) if final else {}
     rows, per_target = [], {}
+    if run.task.generates:
+        return _generated(run, state, view, step, slices, poll)
     if run.task.ranks_catalogue:
         rows, per_target = _catalogue(run, state, view, step, final, slices, poll)
     if run.task.heads:
@@ -262,6 +265,15 @@ def evaluate_split(
         more, found = evaluate_feedback(run, state, view, step, masks, poll)
         rows, per_target = rows + more, per_target | found
     return rows, per_target
+
+
+def _generated(run: Run, state, view: View, step: int, slices, poll):
+    """As _catalogue, for a retriever that generates."""
+
+    def masks(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: _target_mask(name, mask, view, found) for name, mask in slices.items()}
+
+    return evaluate_generated(run, state, view, step, masks, poll)
 
 
 def _catalogue(run: Run, state, view: View, step: int, final: bool, slices, poll):

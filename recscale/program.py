@@ -17,22 +17,22 @@ from recscale.layers.kinds import Table
 from recscale.layers.tables import Tables
 from recscale.layers.width_transfer import BaseShape, scaled
 from recscale.mesh import BATCH, REMAT, REPLICATED, dense_shardings, make_mesh
-from recscale.models import MODELS
+from recscale.models import GENERATIVE, MODELS
 from recscale.tasks import TASKS
-from recscale.tasks.next_item import FREQUENCY, LABEL, QUERY, Task
+from recscale.tasks.next_item import LABEL, QUERY, Task
 
 # Streams of randomness: everything a run draws is fold_in(seed, stream), then a step or a table.
 MODEL_STREAM, TABLE_STREAM, STEP_STREAM, HEAD_STREAM = 0, 1, 2, 3
 
 
-WINDOWS = ("last", "random", "all")
+WINDOWS = ("last", "random", "all", "prefixes", "spans")
 TOP_LEVEL = ("seed", "study", "model_name", "model", "task_name", "task", "split")
 SECTIONS = {
     "cell": ("name", "axes", "coordinates"),
     "data": ("path", "users", "events_per_user", "num_items", "num_events"),
     "loader": (
         *("batch_size", "length", "row_length", "layout", "window", "inputs", "queries"),
-        *("horizon", "positive", "lag", "request_gap", "alpha"),
+        *("horizon", "positive", "lag", "request_gap", "alpha", "segments"),
     ),
     "table": (
         *("kind", "rows", "parts", "inner", "combine", "dtype", "codes"),
@@ -80,16 +80,14 @@ def program(
     c, t = config.optim, config.table
     mesh = make_mesh(config.mesh.replica, config.mesh.data, config.mesh.model, devices)
     task = task_of(config, num_items)
-    dim = config.model.embed_dim
-    shape = {key: t[key] for key in ("kind", "rows", "parts", "inner", "combine", "dtype")}
-    specs = {task.catalogue: Table(num_items, dim, **shape)}
-    specs |= {name: Table(cardinalities[name] - 1, dim) for name in task.features}
-    if task.needs_frequency:
-        specs[FREQUENCY] = Table(num_items, 1, fixed=True)
     model: ModuleType = MODELS[config.model_name]
     model_config = model.Config(**config.model, base=_base_shape(config))
+    shape = {key: t[key] for key in ("kind", "rows", "parts", "inner", "combine", "dtype")}
+    specs = task.tables(model_config, shape)
+    small = {"dim": model_config.embed_dim, "stddev": task.feature_stddev}
+    specs |= {name: Table(cardinalities[name] - 1, **small) for name in task.features}
     prefix = getattr(model_config, "prefix", 0)
-    if prefix != task.prefix:
+    if prefix != task.prefix and not task.generates:
         raise ValueError(
             f"model.prefix = {prefix}, but loader.inputs has features of users (users/NAME) for {task.prefix} "
             f"positions: expected model.prefix = {task.prefix}"
@@ -120,7 +118,11 @@ def task_of(config: ml_collections.ConfigDict, num_items: int) -> Task:
     """The config's task over that many items."""
     objective: ModuleType = TASKS[config.task_name]
     features = {"inputs": tuple(config.loader.inputs), "queries": tuple(config.loader.queries)}
-    return objective.Task(objective.Config(**config.task), num_items, **features)
+    task = objective.Task(objective.Config(**config.task), num_items, **features, segments=config.loader.segments)
+    if task.generates != (config.model_name in GENERATIVE):
+        fits = [name for name in MODELS if (name in GENERATIVE) == task.generates]
+        raise ValueError(f"model_name = {config.model_name!r} with task {config.task_name!r}: expected one of {fits}")
+    return task
 
 
 def dense_optimizer(
@@ -286,5 +288,5 @@ def parameters(run: Program) -> dict[str, int]:
         "dense": groups["dense"] + groups["positions"],
         "context_tables": sum(size(name) for name in run.task.features),
         "head": run.task.head_parameters(run.model_config.embed_dim),
-        "codebooks": 0,
+        "codebooks": groups["codebooks"] if run.task.generates else 0,
     }

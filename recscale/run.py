@@ -11,13 +11,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from recscale import reading
-from recscale.data import codes, splits
+from recscale.data import codes, pieces, splits
 from recscale.data.event_log import EventLog
 from recscale.data.loading import Loader
-from recscale.layers.kinds import information_abundance
+from recscale.layers.kinds import Table, information_abundance
 from recscale.mesh import REPLICATED, place_same
 from recscale.program import Program, check_config, draw_dense, draw_tables, parameters, program, shardings, task_of
+from recscale.semantic_ids import catalogue
 from recscale.tasks.next_item import FREQUENCY
+from recscale.tasks.semantic_id import CODES
 from recscale.warm_start import warm_start
 
 TRAIN_MULTIPLIER = 3  # a backward pass costs two forward passes
@@ -79,6 +81,8 @@ def init_state(run: Run) -> dict[str, Any]:
 def _fixed_values(run: Program, log: EventLog, view: splits.View) -> dict[str, np.ndarray]:
     """Values by id [V + 1, q] of the arrays that are not trained: item frequencies, and the codes of a table."""
     t, values = run.config.table, {}
+    if run.task.generates:
+        return {CODES: semantic_ids(run, log).codes_VQ.astype(np.float32)}
     spec = run.tables.specs[run.task.catalogue]
     if run.task.needs_frequency:
         counts = item_counts(log, view)
@@ -87,11 +91,35 @@ def _fixed_values(run: Program, log: EventLog, view: splits.View) -> dict[str, n
         name = run.tables.parts(run.task.catalogue)["codes"]
         if t.kind == "capped":
             values[name] = codes.frequency_rows(item_counts(log, view)[:, None], spec.rows)
-        elif t.codes:
-            values[name] = codes.load_codes(t.codes, spec.num_ids, spec.num_codes)
         else:
-            values[name] = codes.svd_codes(log, view, spec.num_codes, seed=run.config.seed)
+            found = _item_codes(run, log, view, spec)
+            values[name] = pieces.learn(found, item_counts(log, view), spec.rows) if t.kind == "pieces" else found
     return values
+
+
+def _item_codes(run: Program, log: EventLog, view: splits.View, spec: Table) -> np.ndarray:
+    """Codes [V + 1, parts] of config.table.codes: a folder of semantic ids, a .npy file, "" for who took what."""
+    source = run.config.table.codes
+    if not source:
+        return codes.svd_codes(log, view, spec.num_codes, seed=run.config.seed)
+    levels = np.iinfo(np.int32).max if spec.kind == "pieces" else spec.levels
+    if Path(source).is_dir():
+        return codes.first_levels(catalogue.read(source, log).codes_VQ, spec.num_codes, levels, source)
+    return codes.load_codes(source, spec.num_ids, spec.num_codes, levels)
+
+
+def semantic_ids(run: Program, log: EventLog) -> catalogue.Codes:
+    """The codes that config.table.codes names; raises ValueError where they are not of this log or not of the model."""
+    folder, model = run.config.table.codes, run.model_config
+    if not folder:
+        raise ValueError("table.codes is empty: task 'semantic_id' needs the folder of the items' codes")
+    found = catalogue.read(folder, log)
+    if found.levels != model.levels or max(found.sizes) > model.codebook:
+        raise ValueError(
+            f"{folder}: {found.levels} levels of {found.sizes} codes, but model.levels = {model.levels} and "
+            f"model.codebook = {model.codebook}: expected as many levels, and no more codes than model.codebook"
+        )
+    return found
 
 
 def costs(run: Run, steps: int) -> dict[str, Any]:
@@ -108,7 +136,11 @@ def costs(run: Run, steps: int) -> dict[str, Any]:
     flops = {part: TRAIN_MULTIPLIER * epochs * value for part, value in parts.items()}
     flops["train_total"] = sum(flops.values())
     flops["lookup_bytes"] = 4.0 * dim * epochs * run.loader.real_tokens * (1 + len(run.task.features))
-    return {"flops": flops, "parameters": parameters(run), "table": table_facts(run)}
+    found = {"flops": flops, "parameters": parameters(run), "table": table_facts(run)}
+    if run.task.generates:
+        ids = semantic_ids(run, run.log)
+        found["semantic_ids"] = {"sha256": ids.sha256, "sizes": list(ids.sizes)} | dict(ids.facts)
+    return found
 
 
 def table_facts(run: Run) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """One file per paper. A model file has Config, Model, flops(), param_groups() and width_factors()."""
 
-from recscale.models import argus, hstu, sasrec, stu
+from recscale.models import argus, hstu, sasrec, stu, tiger
 
-MODELS = {"argus": argus, "hstu": hstu, "sasrec": sasrec, "stu": stu}
+GENERATIVE = {"tiger": tiger}
+"""Models of semantic ids (tasks/semantic_id.py)."""
+
+MODELS = {"argus": argus, "hstu": hstu, "sasrec": sasrec, "stu": stu} | GENERATIVE

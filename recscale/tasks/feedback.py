@@ -126,12 +126,19 @@ class Task(next_item.Task):
 
     inside = "encoder."
 
-    def __init__(self, config: Config, num_items: int, inputs: tuple[str, ...] = (), queries: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        config: Config,
+        num_items: int,
+        inputs: tuple[str, ...] = (),
+        queries: tuple[str, ...] = (),
+        segments: int = 0,
+    ):
         """inputs: features of past events (feedback, contexts, items/NAME) and of users; queries: of the next event.
 
         A feature of an item describes candidates too. Raises ValueError for a form that has nothing to tell.
         """
-        super().__init__(config, num_items, inputs, queries)
+        super().__init__(config, num_items, inputs, queries, segments)
         self.of_items = tuple(name for name in inputs if name.startswith(ITEM_FEATURE))
         self.of_feedback = tuple(name for name in inputs if name not in (*self.of_items, *queries))
         if config.form != "collapsed" and not self.of_feedback:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from recscale.layers.kinds import Table
 from recscale.layers.norms import l2_normalize
 
 MASKED = -5e4  # score of a negative that equals the target, as in the HSTU reference
@@ -94,12 +95,30 @@ class Task:
     inside = ""  # where in the trained network the encoder is
     heads: tuple[Any, ...] = ()  # feedback that is predicted too; see tasks/feedback.py
     ranks_catalogue = True
+    feature_stddev = 0.02  # of the vectors of features at the start
+    generates = False  # whether an item is generated code by code instead; see tasks/semantic_id.py
 
-    def __init__(self, config: Any, num_items: int, inputs: tuple[str, ...] = (), queries: tuple[str, ...] = ()):
-        """inputs: features of past events, queries: of the event to predict, each with a small table of that name."""
+    def __init__(
+        self,
+        config: Any,
+        num_items: int,
+        inputs: tuple[str, ...] = (),
+        queries: tuple[str, ...] = (),
+        segments: int = 0,
+    ):
+        """inputs: features of past events, queries: of the event to predict, each with a small table of that name.
+
+        segments: the most examples in a row of a batch, 0 = as many as fit.
+        """
         self.config = config
         self.num_items = num_items
         self.input_features, self.query_features = inputs, queries
+        self.segments = segments
+
+    def tables(self, model_config: Any, shape: dict[str, Any]) -> dict[str, Table]:
+        """Tables by item id: the catalogue's, of config.table's kind and sizes `shape`, and the frequencies."""
+        found = {self.catalogue: Table(self.num_items, model_config.embed_dim, **shape)}
+        return found | ({FREQUENCY: Table(self.num_items, 1, fixed=True)} if self.needs_frequency else {})
 
     @property
     def features(self) -> tuple[str, ...]:
