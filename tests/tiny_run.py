@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from configs import hstu_planted, sasrec_ml1m
+from configs import hstu_planted, sasrec_ml1m, tiger_beauty
+from recscale.data.event_log import EventLog
 from recscale.data.prepare import prepare
+from recscale.semantic_ids import catalogue
 
 BASES = {"hstu": hstu_planted, "sasrec": sasrec_ml1m}
 ITEMS = 63  # with the padding row 64, one for each bucket of a small table
@@ -44,3 +47,32 @@ def tiny(model: str, log: Path, **changes: object) -> ConfigDict:
 
 SAMPLED = {"task__loss": "sampled", "task__negatives": 7, "task__sampler": "mixed", "task__logq": "standard"}
 FULL = {"task__loss": "full", "task__negatives": 0, "task__logq": "none"}
+
+
+def make_codes(log: Path, folder: Path, levels: int = 3, size: int = 4, seed: int = 0) -> Path:
+    """Random codes of a log's items, many of them shared, and their folder."""
+    opened = EventLog.open(log)
+    codes = np.zeros((opened.num_items + 1, levels), np.int32)
+    codes[1:] = np.random.default_rng(seed).integers(0, size, (opened.num_items, levels))
+    catalogue.write(catalogue.of_log(opened, codes, (size,) * levels, {"method": "random"}), folder)
+    return folder
+
+
+def tiny_tiger(log: Path, codes: Path, **changes: object) -> ConfigDict:
+    """The shipped TIGER on this log and these codes, tiny; changes as for `tiny`."""
+    config = tiger_beauty.get_config().unlock()
+    config.data.path, config.table.codes = str(log), str(codes)
+    config.split = ConfigDict({"name": "leave_one_out", "validation": True})
+    config.loader.update({"batch_size": 8, "length": 8, "row_length": 9, "segments": 3})
+    config.model.update({"embed_dim": 8, "depth": 1, "heads": 2, "head_dim": 4, "ffn": 16, "max_length": 9})
+    config.model.update({"levels": 3, "codebook": 4})
+    config.optim.warmup = 3
+    config.train.update({"epochs": 0.2, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": ""})
+    config.eval.update({"final": ("test",), "batch_size": 64, "ks": (1, 5), "top_k": 64})
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+    return config.lock()

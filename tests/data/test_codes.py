@@ -161,6 +161,26 @@ def test_codes_are_read_back(tmp_path, dtype, padded):
 
 
 @pytest.mark.parametrize(
+    "levels, dtype", [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (70_000, "uint32")]
+)
+def test_wide_codes_are_as_narrow_as_they_can_be(tmp_path, levels, dtype):
+    made = np.array([[0, 0, 0], [levels - 1, 0, 1], [0, levels - 1, 1]])
+    np.save(tmp_path / "codes.npy", made[1:])
+    for found in (codes.load_codes(tmp_path / "codes.npy", 2, 3, levels), codes.first_levels(made, 3, levels)):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, made)
+    np.testing.assert_array_equal(codes.first_levels(made, 2, levels), made[:, :2])
+    with pytest.raises(
+        ValueError, match=rf"codes\.npy: values 0..{levels - 1}, expected 0..{levels - 2}; n-grams of wider"
+    ):
+        codes.load_codes(tmp_path / "codes.npy", 2, 3, levels - 1)
+    with pytest.raises(ValueError, match=rf"mine: values 0..{levels - 1}, expected 0..{levels - 2}"):
+        codes.first_levels(made, 3, levels - 1, "mine")
+    with pytest.raises(ValueError, match=r"mine: 3 codes per item, but table.parts = 4"):
+        codes.first_levels(made, 4, levels, "mine")
+
+
+@pytest.mark.parametrize(
     "values, message",
     [
         (np.zeros((4, 3), int), r"shape \[4, 3\], expected \[5, 3\], or \[6, 3\] with padding"),
@@ -190,7 +210,7 @@ def facts_by_hand(slots: list[list[int]], counts: list[int], num_rows: int) -> d
     """`table_facts` by definition, over lists that start at item 1."""
     events = {row: sum(n for s, n in zip(slots, counts, strict=True) if row in s) for row in range(1, num_rows + 1)}
     tuples = Counter(tuple(s) for s in slots)
-    owners = Counter(row for s in slots for row in set(s))
+    owners = Counter(row for s in slots for row in set(s) - {0})
     bins = Counter(0 if n == 0 else int(math.log2(n)) + 1 for n in events.values())
     return {
         "rows": num_rows,
@@ -212,6 +232,15 @@ def test_facts_are_those_of_plain_python(items, parts, rows):
     assert found == facts_by_hand(slots[1:].tolist(), counts[1:, 0].tolist(), rows)
     assert {type(v) for v in found.values()} <= {int, float, list}
     assert sum(found["row_frequency_histogram"]) == rows
+
+
+def test_items_with_fewer_rows_than_others():
+    slots, counts = np.array([[0, 0], [1, 0], [1, 2], [3, 0], [4, 5], [4, 5]]), np.array([[0], [4], [1], [0], [2], [3]])
+    found = codes.table_facts(slots, counts, 6)
+    assert found == facts_by_hand(slots[1:].tolist(), counts[1:, 0].tolist(), 6)
+    assert found["rows_touched"] == 4 and found["collisions_whole"] == 0.4 and found["collisions_any"] == 0.8
+    with pytest.raises(ValueError, match=r"slots 0..2 of items, expected 1..3"):
+        codes.table_facts(np.array([[0, 0], [1, 2], [0, 0]]), np.zeros((3, 1)), 3)
 
 
 def test_facts_of_known_tables():

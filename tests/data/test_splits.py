@@ -131,6 +131,31 @@ def test_unseen_items_are_dropped_without_losing_the_targets_around_them():
     assert slices.new_items(log, keep, views["train"])["new_items"].tolist() == [0, 1, 0, 0, 1, 1]
 
 
+def test_rare_items_are_sliced_by_their_training_events():
+    often = [1] * 101 + [2] * 100 + [3] * 21 + [4] * 20 + [5] * 6 + [6] * 5 + [7]
+    targets = [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    times = list(range(len(often))) + [1_000 + i for i in range(len(targets))]
+    log = make_log([len(times)], times=[times], items=often + targets)
+    views = splits.global_time(log, test_from=1_000)
+    masks = slices.tail(log, views["test"], views["train"])
+    found = {name: np.asarray(targets)[mask].tolist() for name, mask in masks.items()}
+    assert found == {"tail_1_5": [6, 7], "tail_6_20": [4, 5], "tail_21_100": [2, 3], "tail_101_up": [1]}
+    new = slices.new_items(log, views["test"], views["train"])["new_items"]
+    assert (sum(mask.astype(int) for mask in masks.values()) + new == 1).all()  # every target in one slice
+
+
+def test_counts_of_tail_slices_match_brute_force():
+    log = random_timed_log(seed=7)
+    views = splits.global_time(log, test_from=300)
+    items, rows = np.asarray(log.events["item_id"]), splits.target_rows(views["test"])
+    trained = np.concatenate([items[a:b] for a, b in zip(views["train"].start, views["train"].stop, strict=True)])
+    count = np.array([(trained == item).sum() for item in items[rows]])
+    masks = slices.tail(log, views["test"], views["train"])
+    np.testing.assert_array_equal(masks["tail_1_5"], (count >= 1) & (count <= 5))
+    np.testing.assert_array_equal(masks["tail_6_20"], (count >= 6) & (count <= 20))
+    assert masks["tail_1_5"].any() or masks["tail_6_20"].any()
+
+
 def test_unseen_items_match_brute_force():
     log = random_timed_log(seed=5)
     views = splits.global_time(log, test_from=300, keep_unseen_items=False)

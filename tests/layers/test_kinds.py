@@ -21,8 +21,18 @@ TABLES = {
     "multi": Table(IDS, 12, "multi", parts=2, inner=4),
     "capped": Table(IDS, 12, "capped", rows=30),
     "ngram": Table(IDS, 12, "ngram", rows=50, parts=3),
+    "unigram": Table(IDS, 12, "unigram", rows=50, parts=3),
+    "bigram": Table(IDS, 12, "bigram", rows=50, parts=3),
+    "pieces": Table(IDS, 12, "pieces", rows=50, parts=3),
+}
+WIDE_CODES = {
+    "ngram_wide": Table(IDS, 12, "ngram", rows=50, parts=3, inner=2048),
+    "ngram_widest": Table(IDS, 12, "ngram", rows=50, parts=2, inner=70_001),
+    "bigram_wide": Table(IDS, 12, "bigram", rows=50, parts=4, inner=257),
+    "unigram_own": Table(IDS * 3, 12, "unigram", rows=800, parts=3),
 }
 each_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+each_or_wide = pytest.mark.parametrize("table", (TABLES | WIDE_CODES).values(), ids=TABLES | WIDE_CODES)
 
 
 def plain_hash(number: int, salt: int, rows: int) -> int:
@@ -44,10 +54,25 @@ def plain_slots(table: Table, item: int, code: np.ndarray) -> dict[str, list[int
         return {"": [1 + 256 * part + c for part, c in enumerate(code)]}
     if table.kind == "capped":
         return {"": code}
+    if table.kind == "pieces":
+        return {"": code}
     if table.kind == "ngram":
-        numbers = [sum((c + 1) * 257 ** (n - k) for k, c in enumerate(code[: n + 1])) for n in range(table.parts)]
-        return {"": [plain_hash(number % 2**32, n, table.rows) for n, number in enumerate(numbers)]}
+        return {"": [plain_gram(table, code[: n + 1], n) for n in range(table.parts)]}
+    if table.kind in ("unigram", "bigram"):
+        width = {"unigram": 1, "bigram": 2}[table.kind]
+        groups = [code[n : n + width] for n in range(0, table.parts, width)]
+        if table.rows >= len(groups) * table.levels**width:
+            own = [sum(c * table.levels ** (len(g) - 1 - k) for k, c in enumerate(g)) for g in groups]
+            return {"": [1 + place * table.levels**width + number for place, number in enumerate(own)]}
+        return {"": [plain_gram(table, group, place) for place, group in enumerate(groups)]}
     return {}
+
+
+def plain_gram(table: Table, gram: list[int], salt: int) -> int:
+    """The row of some codes in order, as digits of a number whose base is odd and above every digit."""
+    base = table.levels + 1 + table.levels % 2
+    number = sum((c + 1) * base ** (len(gram) - 1 - k) for k, c in enumerate(gram))
+    return plain_hash(number % 2**32, salt, table.rows)
 
 
 def plain_vector(table: Table, values: dict[str, np.ndarray], mixer: dict, item: int, code: np.ndarray) -> np.ndarray:
@@ -72,10 +97,10 @@ def plain_vector(table: Table, values: dict[str, np.ndarray], mixer: dict, item:
 def random_codes(table: Table, seed: int = 0) -> np.ndarray:
     """Codes [IDS + 1, Q] of the table's dtype over their whole range, padding zero."""
     rng = np.random.default_rng(seed)
-    low, high = (1, table.rows + 1) if table.kind == "capped" else (0, LEVELS)
+    low, high = (1, table.rows + 1) if table.kind in ("capped", "pieces") else (0, table.levels)
     codes = rng.integers(low, high, (table.num_ids + 1, table.num_codes))
     codes[0] = 0
-    return codes.astype(np.int32 if table.kind == "capped" else np.uint8)
+    return codes.astype(table.arrays()["codes"].dtype if table.num_codes else np.uint8)
 
 
 def rows_of(table: Table, values: dict[str, np.ndarray], ids: np.ndarray, slots: dict) -> dict[str, jax.Array]:
@@ -83,7 +108,7 @@ def rows_of(table: Table, values: dict[str, np.ndarray], ids: np.ndarray, slots:
     return {name: jnp.asarray(by_slot[slots.get(name, ids)], jnp.float32) for name, by_slot in values.items()}
 
 
-@each_table
+@each_or_wide
 @pytest.mark.parametrize("shape", [(), (3, 5)])
 def test_slots_and_vectors_are_the_plain_definition(table, shape):
     rng = np.random.default_rng(0)
@@ -116,10 +141,10 @@ def test_padding_has_no_slots_and_a_zero_vector(table):
     assert not np.asarray(vectors).any()
 
 
-@each_table
+@each_or_wide
 @pytest.mark.parametrize("ids_type", [np.int32, np.int64, np.uint32])
 def test_slots_are_in_range_and_the_same_on_host_and_device(table, ids_type):
-    ids, codes = np.arange(IDS + 1, dtype=ids_type), random_codes(table)
+    ids, codes = np.arange(IDS + 1, dtype=ids_type), random_codes(table)[: IDS + 1]
     host = table.slots(ids, codes)
     device = jax.jit(table.slots)(jnp.asarray(ids, jnp.int32), jnp.asarray(codes))
     assert set(host) == set(device)
@@ -162,6 +187,43 @@ def test_an_ngram_is_a_prefix_of_the_codes():
     assert len(set(slots[5])) == 4  # (1), (1, 1), ... are four n-grams
 
 
+@pytest.mark.parametrize("levels", [257, 300, 2048, 70_000])
+def test_wide_codes_part_where_a_byte_would_meet(levels):
+    table = Table(2**20, 8, "ngram", rows=2**20, parts=2, inner=levels)
+    codes = np.array([[1, levels - 1], [2, levels - 1 - 257], [1, levels - 1 - 256], [2, 0], [1, 256]])
+    slots = table.slots(np.arange(1, 6), codes)[""]
+    assert len(set(slots[:, 1])) == len(np.unique(codes, axis=0)) and len(set(slots[:, 0])) == 2
+    assert table.arrays()["codes"].dtype == ("uint16" if levels <= 65_536 else "uint32")
+    assert table.bytes == 2**20 * (4 * 8 + 2 * (2 if levels <= 65_536 else 4))
+
+
+def test_groups_have_rows_of_their_own_where_they_fit():
+    ids, codes = np.arange(2**17), np.random.default_rng(0).integers(0, 256, (2**17, 4))
+    for kind, width in (("unigram", 1), ("bigram", 2)):
+        groups, room = 4 // width, 256**width
+        own = Table(2**20, 8, kind, rows=groups * room, parts=4).slots(ids, codes)[""][1:]
+        assert own.shape[1] == groups
+        for place in range(groups):
+            assert (own[:, place] > place * room).all() and (own[:, place] <= (place + 1) * room).all()
+            gram = codes[1:, place * width : (place + 1) * width]
+            assert len(np.unique(own[:, place])) == len(np.unique(gram, axis=0))
+            pairs = np.unique(np.concatenate([gram, own[:, place : place + 1]], axis=1), axis=0)
+            assert len(pairs) == len(np.unique(gram, axis=0))
+        fewer = Table(2**20, 8, kind, rows=groups * room - 1, parts=4).slots(ids, codes)[""][1:]
+        assert (fewer != own).any() and fewer.max() <= groups * room - 1
+
+
+def test_an_id_with_fewer_pieces_sums_fewer_rows():
+    table = TABLES["pieces"]
+    codes = np.zeros((IDS + 1, 3), np.uint8)
+    codes[1], codes[2] = (7, 0, 0), (7, 9, 0)
+    slots = table.slots(np.array([0, 1, 2]), codes[:3])[""]
+    by_slot = np.random.default_rng(0).normal(size=(51, 12)).astype(np.float32)
+    by_slot[0] = 0
+    vectors = np.asarray(table.compose({"": jnp.asarray(by_slot[slots])}, {}))
+    np.testing.assert_array_equal(vectors, [np.zeros(12), by_slot[7], by_slot[7] + by_slot[9]])
+
+
 @pytest.mark.parametrize("first", [1, 2**31 - 1 - 40_000])
 @pytest.mark.parametrize("salts", list(itertools.combinations(range(4), 2)))
 def test_hash_functions_are_uniform_and_independent_of_each_other(first, salts):
@@ -194,6 +256,9 @@ def test_ids_that_meet_under_one_function_part_under_another():
         ({"kind": "hashed", "rows": IDS + 1}, "table.rows = 301 is beyond the 300 ids: use kind 'full'"),
         ({"kind": "pq", "parts": 5}, "table.dim = 12 does not divide into 5 parts"),
         ({"kind": "hashed", "rows": 9, "parts": 5, "combine": "concat"}, "table.dim = 12 does not divide into 5"),
+        ({"kind": "ngram", "rows": 9, "inner": 256}, "has no table.inner, found 256: a code of 256 values or fewer is"),
+        ({"kind": "bigram", "rows": 9, "inner": -300}, "table.kind = 'bigram' has no table.inner, found -300"),
+        ({"kind": "pieces", "rows": 9, "inner": 300}, "table.kind = 'pieces' has no table.inner, found 300"),
         ({"kind": "low_rank", "inner": -1}, "table.kind = 'low_rank' needs table.inner, found -1"),
     ],
 )
@@ -234,13 +299,18 @@ BYTES = {
     "multi": 4 * (IDS * 8 + 2 * 2 * 4 * 12),
     "capped": 4 * IDS + 4 * 30 * 12,
     "ngram": IDS * 3 + 4 * 50 * 12,
+    "unigram": IDS * 3 + 4 * 50 * 12,
+    "bigram": IDS * 3 + 4 * 50 * 12,
+    "pieces": IDS * 3 + 4 * 50 * 12,
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_bytes_count_codes_and_mixers(name):
     assert TABLES[name].bytes == BYTES[name]
-    assert TABLES[name].num_codes == {"pq": 4, "capped": 1, "ngram": 3}.get(TABLES[name].kind, 0)
+    assert TABLES[name].num_codes == {"pq": 4, "capped": 1, "ngram": 3, "unigram": 3, "bigram": 3, "pieces": 3}.get(
+        name, 0
+    )
 
 
 @each_table
@@ -268,6 +338,9 @@ WIDE = {
     "multi_4": {"parts": 4, "inner": 16},
     "capped": {"rows": 500},
     "ngram": {"rows": 400, "parts": 4},
+    "unigram": {"rows": 1024, "parts": 4},
+    "bigram": {"rows": 400, "parts": 4},
+    "pieces": {"rows": 400, "parts": 4},
 }
 
 
