@@ -3,7 +3,7 @@
 Paper     arXiv 2305.05065; published R@10 .0648, N@10 .0384; public re-runs .0559 to .0721. The width
           is the paper's 128, with 4.59 M parameters; embed_dim 384 has the 13.8 M that it also states.
 Data      python -m recscale.data.prepare --dataset=beauty --source=DIR --out=logs/beauty
-          python -m recscale.semantic_ids.make --config=configs/rqvae_beauty.py --out=codes/beauty_rqvae
+          python -m recscale.semantic_ids.make --config=configs/rqvae_beauty.py --out=codes/beauty-rqvae
 Command   python -m recscale.train --config=configs/tiger_beauty.py --workdir=runs/tiger_beauty
 Hardware  a GPU; on 2 CPU cores an epoch takes about a quarter of an hour
 """
@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
             "inner": 0,
             "combine": "sum",
             "dtype": "float32",
-            "codes": "codes/beauty_rqvae",
+            "codes": "codes/beauty-rqvae",
             "optimizer": "adam",
             "learning_rate": 3e-4,
             "weight_decay": 0.0,

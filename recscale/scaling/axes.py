@@ -107,11 +107,44 @@ def encoder_size(base: ConfigDict, size: str) -> ConfigDict:
     return config.lock()
 
 
+def semantic_id_codes(base: ConfigDict, codes: str, levels: int, codebook: int, digits: int = 0) -> ConfigDict:
+    """Semantic-id axis: the codes of the items, `levels` learned ones of `codebook` each, in the folder `codes`.
+
+    digits: size of one further level that tells items of the same tuple apart, 0 without one. The model's vocabulary
+    has one size for all levels: the larger of the two.
+    """
+    config = base.copy_and_resolve_references().unlock()
+    config.cell.coordinates.update({"id_levels": levels, "id_codebook": codebook})
+    config.table.codes = codes
+    config.model.update({"levels": levels + (digits > 0), "codebook": max(codebook, digits)})
+    return config.lock()
+
+
+def semantic_id_width(base: ConfigDict, width: int) -> ConfigDict:
+    """Encoder axis of a generative model: its width, heads of the same size, feed-forward in proportion.
+
+    The learning rate follows the square root rule.
+    """
+    was, head = base.model.embed_dim, base.model.head_dim
+    if width % head:
+        raise ValueError(f"width {width} does not divide into heads of {head}: choose a multiple of it")
+    config = _changed(base, "width", width)
+    config.optim.learning_rate = recipes.learning_rate(base.optim.learning_rate, was, width)
+    config.model.update({"embed_dim": width, "heads": width // head, "ffn": base.model.ffn * width // was})
+    return config
+
+
 AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
     "table": {"rows": table_rows, "dim": table_dim, "kind": table_kind},
     "data": {"users": data_users, "events": data_events},
     "context": {"history": context_history, "features": context_features},
-    "encoder": {"width": encoder_width, "depth": encoder_depth, "size": encoder_size},
+    "encoder": {
+        "width": encoder_width,
+        "depth": encoder_depth,
+        "size": encoder_size,
+        "generative_width": semantic_id_width,
+    },
+    "semantic_id": {"codes": semantic_id_codes},
 }
 
 
