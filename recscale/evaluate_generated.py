@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from recscale import metrics, reading
-from recscale.data import splits
+from recscale.data import splits, windows
 from recscale.data.event_log import EventLog
 from recscale.data.loading import targets_of
 from recscale.data.splits import View
@@ -90,7 +90,7 @@ def _one_target_each(view: View) -> tuple[View, np.ndarray]:
     """The view with one example per target, and the example of the view that each is of."""
     if view.reading == "window":
         raise ValueError(f"view {view.name!r} is read as a window: a generative retriever predicts the next item only")
-    return splits.prefixes(view), splits.target_example(view)
+    return windows.prefixes(view), splits.target_example(view)
 
 
 def _codes(run: Run) -> np.ndarray:

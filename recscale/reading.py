@@ -6,7 +6,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from recscale.data import splits
+from recscale.data import splits, windows
 from recscale.data.event_log import EventLog
 from recscale.data.features import known_before, open_feature
 from recscale.data.loading import Loader
@@ -35,9 +35,9 @@ def views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.
     if config.data.events_per_user:
         found["train"] = splits.limit_events(found["train"], config.data.events_per_user)
     if config.loader.window == "all":
-        found["train"] = splits.in_windows(found["train"], config.loader.length)
+        found["train"] = windows.in_windows(found["train"], config.loader.length)
     if config.loader.window == "prefixes":
-        found["train"] = splits.prefixes(found["train"], config.loader.length)
+        found["train"] = windows.prefixes(found["train"], config.loader.length)
     for split in (*config.eval.final, *([config.eval.during] if config.train.eval_every else [])):
         if split not in found:
             raise ValueError(f"eval: split.name = {config.split.name!r} gives {tuple(found)}, not {split!r}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recscale import metrics
-from recscale.data.splits import prefixes
+from recscale.data.windows import prefixes
 from recscale.evaluate import evaluate_split
 from recscale.evaluate_generated import evaluate_generated, generated_metrics
 from recscale.metrics import NonFiniteScore

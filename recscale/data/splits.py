@@ -203,38 +203,6 @@ def limit_events(view: View, n: int) -> View:
     return dataclasses.replace(view, start=start, target_start=target_start, dropped=dropped)
 
 
-def in_windows(view: View, length: int) -> View:
-    """Cut each example into runs of at most `length` inputs, so that one pass trains on every target at any length.
-
-    Every target of the view is a target of exactly one run; the event between two runs is the last target of one and
-    the first input of the next. For training: the history of a target is cut at its run's beginning.
-    """
-    if length < 1:
-        raise EventLogError(f"in_windows: length={length}, expected at least 1.")
-    counts = -(-(view.stop - 1 - view.start) // length)
-    example = np.repeat(np.arange(len(view)), counts)
-    place = np.arange(len(example)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = view.start[example] + place * length
-    stop = np.minimum(start + length + 1, view.stop[example])
-    target_start = np.maximum(view.target_start[example], start + 1)
-    kept = target_start < stop  # a run of history only has nothing to train on
-    return dataclasses.replace(
-        view, user=view.user[example][kept], start=start[kept], target_start=target_start[kept], stop=stop[kept]
-    )
-
-
-def prefixes(view: View, length: int = 0) -> View:
-    """One example per target, with the last `length` events before it (0: all of them): a window that slides.
-
-    Every example is predicted from its whole history at once; `dropped` and the number of targets stay.
-    """
-    counts = view.stop - view.target_start
-    example, target = np.repeat(np.arange(len(view)), counts), runs(view.target_start, counts)
-    start = view.start[example]
-    start = np.maximum(start, target - length) if length else start
-    return dataclasses.replace(view, user=view.user[example], start=start, target_start=target, stop=target + 1)
-
-
 def check_view(log: EventLog, view: View) -> None:
     """Raise EventLogError where a view does not belong to this log or an example is not start < target_start < stop."""
     arrays = (view.user, view.start, view.target_start, view.stop)

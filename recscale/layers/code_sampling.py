@@ -14,12 +14,18 @@ from recscale.layers.trie import Trie
 
 
 def sample(
-    step: Step, cache: Any, trie: Trie, key: jax.Array, count: int, temperature: float | jax.Array = 1.0
+    step: Step,
+    cache: Any,
+    trie: Trie,
+    batch: int,
+    key: jax.Array,
+    count: int,
+    temperature: float | jax.Array = 1.0,
 ) -> Beams:
     """`count` independent tuples per row, in the order drawn, repeats among them.
 
     Each code is drawn with probability proportional to p(code | prefix)^(1 / temperature) among the children that
-    exist. step and cache: as in `beam_search` (cache leaves [B, 1, ...] at least). score_BW: log-probability of the
+    exist. step, cache, batch: as in `beam_search`. score_BW: log-probability of the
     drawn tuple under the model itself, neither tempered nor renormalised over the trie. A row whose step answers NaN,
     or probability zero for every child of the prefix drawn, gets no tuple there (leaf -1).
     Raises ValueError for a count below 1 or a temperature not above 0.
@@ -28,7 +34,6 @@ def sample(
         raise ValueError(f"count: found {count}, expected at least 1 tuple a row")
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature: found {temperature}, expected a number above 0")
-    batch = jax.tree.leaves(cache)[0].shape[0]
     cache = jax.tree.map(lambda x: x[:, :1], cache)
     node_BW = code_BW = jnp.zeros((batch, 1), jnp.int32)
     score_BW = jnp.zeros((batch, 1), jnp.float32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recscale.data import packing, splits
+from recscale.data import packing, splits, windows
 from recscale.data.event_log import Column, EventLog, EventLogError
 from recscale.data.features import open_feature
 from recscale.data.loading import Loader
@@ -37,7 +37,7 @@ def examples(batch) -> list[tuple[list[int], list[int]]]:
 
 def test_every_target_is_predicted_once_from_the_events_just_before_it(log, train):
     length = 5
-    view = splits.prefixes(train, length)
+    view = windows.prefixes(train, length)
     splits.check_view(log, view)
     assert len(view) == (train.stop - train.target_start).sum()
     loader = Loader(log, view, batch_size=4, length=length, shuffle=False)
@@ -50,7 +50,7 @@ def test_every_target_is_predicted_once_from_the_events_just_before_it(log, trai
         assert items == list(range(max(first[user], target[-1] - 1 - length) + 1, target[-1]))
         targets.append(target[-1])
     assert sorted(targets) == sorted(splits.target_rows(train) + 1)
-    assert splits.prefixes(train).start.tolist() == np.repeat(train.start, train.stop - train.target_start).tolist()
+    assert windows.prefixes(train).start.tolist() == np.repeat(train.start, train.stop - train.target_start).tolist()
 
 
 def test_a_span_is_a_run_of_events_with_one_target_drawn_anew_in_every_epoch(log, train):
@@ -94,7 +94,7 @@ def test_no_row_has_more_examples_than_it_may(most):
 
 
 def test_loader_passes_the_bound_on(log, train):
-    view = splits.prefixes(train, 4)
+    view = windows.prefixes(train, 4)
     loader = Loader(log, view, batch_size=3, length=4, row_length=12, segments=2)
     batch = loader[0]
     assert batch["segment_ids"].max() == 2 and (batch["target"] > 0).sum(axis=1).max() == 2

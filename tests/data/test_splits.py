@@ -308,11 +308,11 @@ def test_leave_one_out_with_few_validation_users():
 @pytest.mark.parametrize("length", [1, 2, 3, 10])
 def test_windows_train_on_every_target_once(length):
     view = splits.leave_one_out(make_log([4, 5, 9, 17, 30]))["train"]
-    cut = splits.in_windows(view, length)
+    cut = windows.in_windows(view, length)
     np.testing.assert_array_equal(np.sort(splits.target_rows(cut)), np.sort(splits.target_rows(view)))
     assert (cut.stop - 1 - cut.start).max() <= length
     with pytest.raises(EventLogError, match="length=0"):
-        splits.in_windows(view, 0)
+        windows.in_windows(view, 0)
 
 
 def test_held_out_users_with_few_targets():
