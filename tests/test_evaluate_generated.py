@@ -96,7 +96,7 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_as_scoring_every_item_does(run, s
 
 
 def test_what_a_narrow_beam_does_not_hold_is_a_miss(run, world, state):
-    wide, per_wide = evaluate_generated(run, state, run.views["test"])
+    _, per_wide = evaluate_generated(run, state, run.views["test"])
     narrow = build(tiny_tiger(*world, eval__top_k=5))
     rows, per_target = evaluate_generated(narrow, state, narrow.views["test"])
     lost = per_target["rank"] == run.log.num_items + 1
@@ -123,7 +123,7 @@ def test_every_target_of_an_example_is_generated_from_what_is_before_it(world):
 
 def test_the_mesh_changes_nothing(world, run, state):
     spread = build(tiny_tiger(*world, mesh__data=4, mesh__model=2))
-    rows, per_target = evaluate_generated(spread, init_state(spread), spread.views["test"])
+    _, per_target = evaluate_generated(spread, init_state(spread), spread.views["test"])
     _, expected = evaluate_generated(run, state, run.views["test"])
     np.testing.assert_allclose(per_target["nats"], expected["nats"], rtol=1e-5)
     assert (per_target["rank"] == expected["rank"]).mean() > 0.95  # rounding may swap two of nearly the same score

@@ -125,7 +125,7 @@ def get_config(cell: str) -> ConfigDict:
 
 
 def quantizer(data: str, ids: str) -> ConfigDict:
-    """How codes of our own are made: TF-IDF and SVD of the text, three levels of 256, a digit where tuples are shared."""
+    """How codes of our own are made: text by TF-IDF and SVD, three levels of 256, a digit for what shares a tuple."""
     config = (rqvae_beauty if ids == "rqvae" else rqkmeans_beauty).get_config().unlock()
     config.data.path = str(LOGS[data])
     if ids == "random":

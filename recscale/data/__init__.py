@@ -1,11 +1,12 @@
 """The public datasets, by name."""
 
-from recscale.data import amazon2014, kuairand, kuairand_watch, movielens, yelp
+from recscale.data import amazon2014, kuairand, kuairand_watch, microlens, movielens, yelp
 
 DATASETS = {
     **movielens.DATASETS,
     **amazon2014.DATASETS,
     **yelp.DATASETS,
+    **microlens.DATASETS,
     **kuairand.DATASETS,
     **kuairand_watch.DATASETS,
 }

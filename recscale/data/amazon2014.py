@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.json as pajson
 
 from recscale.data.event_log import MAX_ID, EventLog, EventLogError
-from recscale.data.parquet_form import read_ordered
-from recscale.data.rows import align, align_text, build, half_stars, with_tables
-from recscale.data.sources import MAX_TIME, Dataset, Files, Layout, Member, integers, read_parquet
+from recscale.data.parquet_form import load_form
+from recscale.data.rows import build, half_stars
+from recscale.data.sources import MAX_TIME, Dataset, Files, Layout, Member, integers
 
 LICENCE = "McAuley Amazon product reviews 2014: crawled reviews, no open licence; research use with citation"
+TEXT = ("asin", "attribute_ids", "attributes", "keywords")
 REVIEW = pa.schema(
     [
         ("reviewerID", pa.string()),
@@ -40,9 +41,7 @@ def load(files: Files) -> EventLog:
         return _sequences(member)
     if files.layout == "archive":
         return _reviews(member)
-    user, item, timestamp, _ = read_ordered(member)
-    log = build(user, item, timestamp, {}, order=None, name=member.name)
-    return _with_items(log, files.members["items"]) if "items" in files.members else log
+    return load_form(files, TEXT)
 
 
 def _sequences(member: Member) -> EventLog:
@@ -98,18 +97,6 @@ def _reviews(member: Member) -> EventLog:
     item = np.array(table["asin"].to_pylist(), dtype=np.str_)
     time = integers(table, "unixReviewTime", member, low=-MAX_TIME, high=MAX_TIME)
     return build(user, item, time, {"rating": half_stars(table["overall"], member.name)}, order=time, name=member.name)
-
-
-def _with_items(log: EventLog, member: Member) -> EventLog:
-    names = ("asin", "attribute_ids", "attributes", "keywords")
-    table = read_parquet(member, {"item_id": pa.int64(), **dict.fromkeys(names, pa.string())}, optional=names)
-    keys, raw = integers(table, "item_id", member), log.items["raw_id"][1:]
-    items = {}
-    if "asin" in table.column_names:
-        asin = np.array(table["asin"].cast(pa.string()).fill_null("").to_pylist(), dtype=np.str_)
-        items["asin"] = align(raw, keys, asin, member.name, padding=True)
-    text = align_text(raw, keys, table.drop_columns(["item_id"]), member.name)
-    return with_tables(log, items=items, text=text)
 
 
 def _dataset(name: str, category: str) -> Dataset:

@@ -1,7 +1,8 @@
 """Integers per item that are fixed before training, and what a table's rows will see of the training events.
 
-`svd_codes`, `frequency_rows` and `load_codes` make the codes of tables that have them; `table_facts` describes how
-items share the rows of one array, for the record. A training event is an event start:stop of an example of the view.
+`svd_codes`, `frequency_rows`, `load_codes` and `first_levels` make the codes of tables that have them, and
+recscale.data.pieces makes pieces of such codes; `table_facts` describes how items share the rows of one array, for the
+record. A training event is an event start:stop of an example of the view.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,17 @@ import scipy.sparse.linalg
 from recscale.data.event_log import CHUNK_EVENTS, EventLog
 from recscale.data.splits import View, runs
 
-LEVELS = 256  # a code is a byte
+LEVELS = 256  # a code is a byte unless a table says otherwise
 NOISE = 1e-5  # of the width of a component: spreads items that share a value, unseen ones above all, over several bins
 _EMPTY = 1e-6  # a singular value below this share of the largest is rounding: its directions mean nothing
+
+
+def item_counts(log: EventLog, view: View) -> np.ndarray:
+    """int64 [num_items + 1]: how often each item occurs among the events of a view's examples, padding 0."""
+    counts = np.zeros(log.num_items + 1, np.int64)
+    for part, length in _example_chunks(view.start, view.stop):
+        counts += np.bincount(log.events["item_id"][runs(view.start[part], length)], minlength=log.num_items + 1)
+    return counts
 
 
 def svd_codes(log: EventLog, view: View, parts: int, levels: int = LEVELS, seed: int = 0) -> np.ndarray:
@@ -109,11 +118,27 @@ def frequency_rows(frequency: np.ndarray, rows: int) -> np.ndarray:
     return slots
 
 
-def load_codes(path: str | Path, num_items: int, parts: int) -> np.ndarray:
-    """Codes uint8 [num_items + 1, parts] of a .npy file of integers 0..255, one row per item in id order.
+def first_levels(codes_VQ: np.ndarray, parts: int, levels: int = LEVELS, name: str = "codes") -> np.ndarray:
+    """The first `parts` codes of every item as the smallest unsigned integers that hold 0..levels - 1.
 
-    A file of num_items + 1 rows has padding first, and there zeros. Raises ValueError, naming the file, where it is
-    missing, no .npy file, of another shape or type, or holds other values.
+    codes_VQ: integers [num_items + 1, Q], row 0 padding; name: whose they are, for errors. Raises ValueError where
+    there are fewer than `parts` of them or a code is beyond `levels`.
+    """
+    if codes_VQ.shape[1] < parts:
+        raise ValueError(
+            f"{name}: {codes_VQ.shape[1]} codes per item, but table.parts = {parts}: expected at least as many codes"
+        )
+    kept = codes_VQ[:, :parts]
+    _check_range(kept, levels, name)
+    return kept.astype(np.min_scalar_type(levels - 1))
+
+
+def load_codes(path: str | Path, num_items: int, parts: int, levels: int = LEVELS) -> np.ndarray:
+    """Codes [num_items + 1, parts] of a .npy file of integers 0..levels - 1, one row per item in id order.
+
+    They come as the smallest unsigned integers that hold them. A file of num_items + 1 rows has padding first, and
+    there zeros. Raises ValueError, naming the file, where it is missing, no .npy file, of another shape or type, or
+    holds other values.
     """
     try:
         found = np.lib.format.open_memmap(path, mode="r")
@@ -125,25 +150,33 @@ def load_codes(path: str | Path, num_items: int, parts: int) -> np.ndarray:
             "padding first. Make the codes for this log, or set table.parts to their width."
         )
     if found.dtype.kind not in "iu":
-        raise ValueError(f"{path}: dtype {found.dtype}, expected integers 0..{LEVELS - 1}. Save them as uint8.")
-    if found.min() < 0 or found.max() >= LEVELS:
-        raise ValueError(f"{path}: values {found.min()}..{found.max()}, expected 0..{LEVELS - 1}: a code is a byte.")
+        raise ValueError(f"{path}: dtype {found.dtype}, expected integers 0..{levels - 1}. Save them as integers.")
+    _check_range(found, levels, path)
     padded = len(found) == num_items + 1
     if padded and found[0].any():
         raise ValueError(
             f"{path}: {num_items + 1} rows for {num_items} items, so row 0 is padding, but it is {found[0].tolist()}; "
             "expected zeros. Save one row per item, item 1 first."
         )
-    codes = np.zeros((num_items + 1, parts), np.uint8)
+    codes = np.zeros((num_items + 1, parts), np.min_scalar_type(levels - 1))
     codes[0 if padded else 1 :] = found
     return codes
+
+
+def _check_range(codes_VQ: np.ndarray, levels: int, name: str | Path) -> None:
+    if codes_VQ.min() < 0 or codes_VQ.max() >= levels:
+        raise ValueError(
+            f"{name}: values {codes_VQ.min()}..{codes_VQ.max()}, expected 0..{levels - 1}; n-grams of wider codes need "
+            "table.inner = the number of values of a code"
+        )
 
 
 def table_facts(slots_VK: np.ndarray, frequency_V1: np.ndarray, num_rows: int) -> dict[str, Any]:
     """How items 1..V share rows 1..num_rows of one array, in plain numbers for the record.
 
     slots_VK: integers [V + 1, K], the rows of each item; row 0 is padding and not read. frequency_V1: [V + 1, 1],
-    training events of each item (counts). An event reaches every different row of its item once. Keys:
+    training events of each item (counts). An event reaches every different row of its item once. 0 is no row: an item
+    may have fewer than K, and one at least. Keys:
 
         rows                       num_rows
         rows_touched               rows that some training event reaches
@@ -159,21 +192,22 @@ def table_facts(slots_VK: np.ndarray, frequency_V1: np.ndarray, num_rows: int) -
     slots, count = slots_VK[1:], frequency_V1[1:, 0]
     if slots_VK.ndim != 2 or len(slots_VK) != len(frequency_V1):
         raise ValueError(f"table_facts: slots {list(slots_VK.shape)}, expected [{len(frequency_V1)}, rows of an item]")
-    if slots.min() < 1 or slots.max() > num_rows:
+    if slots.max(axis=1).min() < 1 or slots.min() < 0 or slots.max() > num_rows:
         raise ValueError(f"table_facts: slots {slots.min()}..{slots.max()} of items, expected 1..{num_rows}")
     if (count < 0).any() or (count != np.floor(count)).any():
         raise ValueError("table_facts: frequencies are shares or negative, expected the number of training events")
     ordered = np.sort(slots, axis=1)
     new = np.ones(ordered.shape, bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    new &= ordered > 0
     row, events = ordered[new], np.repeat(count, new.sum(axis=1))
     items_of_row = np.bincount(row, minlength=num_rows + 1)
     events_of_row = np.bincount(row, weights=events, minlength=num_rows + 1)[1:]
-    shared = items_of_row[slots] > 1
+    shared = (items_of_row[slots] > 1) & (slots > 0)
     return {
         "rows": num_rows,
         "rows_touched": int((events_of_row > 0).sum()),
-        "collisions_whole": _repeated(slots[shared.all(axis=1)]) / len(slots),
+        "collisions_whole": _repeated(slots[(shared | (slots == 0)).all(axis=1)]) / len(slots),
         "collisions_any": float(shared.any(axis=1).mean()),
         # The binary exponent of n is the bin: 0 of 0, 1 of 1, 2 of 2 and 3, 3 of 4 to 7.
         "row_frequency_histogram": np.bincount(np.frexp(events_of_row)[1]).tolist(),

@@ -10,6 +10,7 @@ KNOWN: dict[str, dict[str, int]] = {
     "sports": {"users": 35_598, "items": 18_357, "events": 296_337},
     "toys": {"users": 19_412, "items": 11_924, "events": 167_597},
     "yelp": {"users": 30_431, "items": 20_033, "events": 316_354},
+    "microlens": {"users": 13_210, "items": 5_312, "events": 78_255},
     # The archive: all standard exposures of 8 April to 8 May 2022. The parquet form: 25 April to 8 May only.
     "kuairand-pure/archive": {"events": 1_436_609},
     "kuairand-pure/parquet": {"users": 25_156, "items": 6_361, "events": 228_329},

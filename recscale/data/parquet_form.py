@@ -1,14 +1,41 @@
-"""The parquet form of a log: user_id, item_id, timestamp, pos and further columns, sorted by user, then pos."""
+"""The parquet form of a log: user_id, item_id, timestamp, pos and further columns, sorted by user, then pos.
+
+Beside it may lie a file of items: item_id and text.
+"""
 
 from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
 
-from recscale.data.event_log import EventLogError
-from recscale.data.sources import MAX_TIME, Member, integers, read_parquet
+from recscale.data.event_log import EventLog, EventLogError
+from recscale.data.rows import align, align_text, build, with_tables
+from recscale.data.sources import MAX_TIME, Files, Member, integers, read_parquet
 
 FORM = {"user_id": pa.int64(), "item_id": pa.int64(), "timestamp": pa.int64(), "pos": pa.int64()}
+
+
+def load_form(files: Files, text: tuple[str, ...]) -> EventLog:
+    """The log of the roles "events" and, where it is there, "items": its columns named in `text` become item text.
+
+    A column `asin` among them becomes items/asin too. Raises EventLogError as `read_ordered` does, and for a file of
+    items whose ids are no integers or come twice.
+    """
+    member = files.members["events"]
+    user, item, timestamp, _ = read_ordered(member)
+    log = build(user, item, timestamp, {}, order=None, name=member.name)
+    return _with_items(log, files.members["items"], text) if "items" in files.members else log
+
+
+def _with_items(log: EventLog, member: Member, names: tuple[str, ...]) -> EventLog:
+    table = read_parquet(member, {"item_id": pa.int64(), **dict.fromkeys(names, pa.string())}, optional=names)
+    keys, raw = integers(table, "item_id", member), log.items["raw_id"][1:]
+    items = {}
+    if "asin" in table.column_names:
+        asin = np.array(table["asin"].cast(pa.string()).fill_null("").to_pylist(), dtype=np.str_)
+        items["asin"] = align(raw, keys, asin, member.name, padding=True)
+    text = align_text(raw, keys, table.drop_columns(["item_id"]), member.name)
+    return with_tables(log, items=items, text=text)
 
 
 def read_ordered(

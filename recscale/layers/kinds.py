@@ -8,6 +8,7 @@ To add a kind: write its functions, add a line to KINDS.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 
 from recscale.layers.embedding import Array
 
-LEVELS = 256  # values of one code of a product-quantised table
+LEVELS = 256  # values of a code that is one byte, as of every product-quantised table
 
 Rows = dict[str, jax.Array]
 
@@ -27,10 +28,11 @@ Rows = dict[str, jax.Array]
 class Table:
     """An embedding table: vectors [dim] for ids 1..num_ids; id 0 is padding and gives zeros.
 
-    kind: one of KINDS. rows: of the shared array (hashed, ngram), kept by frequency (capped), or remainders
-    (quotient_remainder); 0 for the others. parts: hash functions, codes, or embedding sets; inner: width of a stored
-    row (low_rank, multi). combine: "sum" or "concat" the parts of a hashed table. dtype: storage, "float32" or
-    "bfloat16". Raises ValueError for sizes that do not fit the kind.
+    kind: one of KINDS. rows: of the shared array (hashed, n-grams), kept by frequency (capped), remainders
+    (quotient_remainder), or the vocabulary (pieces); 0 for the others. parts: hash functions, codes read (pq, n-grams),
+    most pieces of an id, or embedding sets. inner: width of a stored row (low_rank, multi); of n-grams, the values of a
+    code where a byte does not hold it (0: at most 256). combine: "sum" or "concat" the parts of a hashed table. dtype:
+    storage, "float32" or "bfloat16". Raises ValueError for sizes that do not fit the kind.
     """
 
     num_ids: int
@@ -56,22 +58,26 @@ class Table:
             raise ValueError(f"table.dtype = {self.dtype!r}: expected 'float32' or 'bfloat16'")
         if self.combine not in ("sum", "concat"):
             raise ValueError(f"table.combine = {self.combine!r}: expected 'sum' or 'concat'")
-        self._check_fields(KINDS[self.kind].needs)
+        self._check_fields(KINDS[self.kind])
         split = self.kind == "pq" or (self.kind == "hashed" and self.combine == "concat")
         if split and self.dim % self.parts:
             raise ValueError(f"table.dim = {self.dim} does not divide into {self.parts} parts")
 
-    def _check_fields(self, needs: tuple[str, ...]) -> None:
+    def _check_fields(self, kind: "Kind") -> None:
         """A size that the kind needs is there, and no other is set."""
         for name in ("rows", "inner"):
-            if getattr(self, name) < 0 or (name in needs) != (getattr(self, name) > 0):
-                verb = "needs" if name in needs else "has no"
-                raise ValueError(f"table.kind = {self.kind!r} {verb} table.{name}, found {getattr(self, name)}")
-        if "rows" in needs and self.rows > self.num_ids:
+            value, needed = getattr(self, name), name in kind.needs
+            if kind.wide and name == "inner" and (value == 0 or value > LEVELS):
+                continue
+            if value < 0 or needed != (value > 0):
+                verb = "needs" if needed else "has no"
+                more = f": a code of {LEVELS} values or fewer is a byte, leave it at 0" if kind.wide else ""
+                raise ValueError(f"table.kind = {self.kind!r} {verb} table.{name}, found {value}{more}")
+        if "rows" in kind.needs and self.rows > self.num_ids:
             raise ValueError(f"table.rows = {self.rows} is beyond the {self.num_ids} ids: use kind 'full'")
-        if self.combine == "concat" and "combine" not in needs:
+        if self.combine == "concat" and "combine" not in kind.needs:
             raise ValueError(f"table.kind = {self.kind!r} has no table.combine: leave it at 'sum'")
-        if self.parts > 1 and "parts" not in needs:
+        if self.parts > 1 and "parts" not in kind.needs:
             raise ValueError(f"table.kind = {self.kind!r} has no table.parts, found {self.parts}")
 
     def arrays(self) -> dict[str, Array]:
@@ -101,6 +107,11 @@ class Table:
         return arrays["codes"].dim if "codes" in arrays else 0
 
     @property
+    def levels(self) -> int:
+        """Values that a code may have, 0..levels - 1."""
+        return self.inner if KINDS[self.kind].wide and self.inner else LEVELS
+
+    @property
     def bytes(self) -> int:
         """Stored bytes, codes included, dense parameters of the kind included, optimizer slots not."""
         mixer = jax.eval_shape(self.mixer, jax.random.key(0))
@@ -108,13 +119,17 @@ class Table:
 
 
 class Kind(NamedTuple):
-    """See the module docstring. needs: the fields of Table that this kind reads besides num_ids, dim and dtype."""
+    """See the module docstring. needs: the fields of Table that this kind reads besides num_ids, dim and dtype.
+
+    wide: its codes may be wider than a byte, `inner` says how wide.
+    """
 
     arrays: Callable[[Table], dict[str, Array]]
     compose: Callable[[Table, Rows, dict[str, jax.Array]], jax.Array] = lambda t, rows, mixer: rows[""]
     slots: Callable[..., dict[str, Any]] = lambda t, ids, codes, xp: {}
     mixer: Callable[[Table, jax.Array], dict[str, jax.Array]] = lambda t, key: {}
     needs: tuple[str, ...] = ()
+    wide: bool = False
 
 
 def _full(t: Table) -> dict[str, Array]:
@@ -196,20 +211,69 @@ def _capped(t: Table) -> dict[str, Array]:
     return {"codes": _codes(t, 1, "int32"), "": Array(t.rows, t.dim, t.stddev, by_id=False)}
 
 
-def _ngram(t: Table) -> dict[str, Array]:
+def _grams(t: Table, count: int) -> dict[str, Array]:
+    """Codes of an id, and the rows that its `count` n-grams share."""
     return {
-        "codes": _codes(t, t.parts, "uint8"),
-        "": Array(t.rows, t.dim, t.stddev * t.parts**-0.5, by_id=False),
+        "codes": _codes(t, t.parts, np.min_scalar_type(t.levels - 1).name),
+        "": Array(t.rows, t.dim, t.stddev * count**-0.5, by_id=False),
     }
+
+
+def _summed(t: Table, rows: Rows, mixer: dict[str, jax.Array]) -> jax.Array:
+    return rows[""].sum(axis=-2)
+
+
+def _numbered(t: Table, codes: Any, xp: Any) -> list[Any]:
+    """uint32 numbers of the prefixes (c1), (c1, c2), ... of codes [..., Q]."""
+    base = xp.uint32((t.levels + 1) | 1)  # odd: a product modulo 2^32 loses nothing
+    number, found = xp.zeros(codes.shape[:-1], xp.uint32), []
+    for n in range(codes.shape[-1]):
+        number = number * base + codes[..., n].astype(xp.uint32) + xp.uint32(1)
+        found.append(number)
+    return found
 
 
 def _ngram_slots(t: Table, ids: Any, codes: Any, xp: Any) -> dict[str, Any]:
     """One row per prefix of the codes: (c1), (c1, c2), ..., each hashed with its length as the salt."""
-    prefix, slots = xp.zeros(codes.shape[:-1], xp.uint32), []
-    for n in range(t.parts):
-        prefix = prefix * xp.uint32(LEVELS + 1) + codes[..., n].astype(xp.uint32) + xp.uint32(1)
-        slots.append(hash_slots(prefix, n, t.rows, xp))
+    slots = [hash_slots(prefix, n, t.rows, xp) for n, prefix in enumerate(_numbered(t, codes, xp))]
     return {"": xp.stack(slots, axis=-1)}
+
+
+def _groups(t: Table, width: int) -> int:
+    return -(-t.parts // width)
+
+
+def _group_slots(width: int, t: Table, ids: Any, codes: Any, xp: Any) -> dict[str, Any]:
+    """One row per group of `width` consecutive codes: of its own where all groups have room, else hashed."""
+    slots, room = [], t.levels**width
+    for place in range(_groups(t, width)):
+        group = codes[..., place * width : (place + 1) * width]
+        if _groups(t, width) * room > t.rows:
+            slots.append(hash_slots(_numbered(t, group, xp)[-1], place, t.rows, xp))
+            continue
+        number = xp.zeros(codes.shape[:-1], xp.int32)
+        for n in range(group.shape[-1]):
+            number = number * t.levels + group[..., n].astype(xp.int32)
+        slots.append(1 + place * room + number)
+    return {"": xp.stack(slots, axis=-1)}
+
+
+def _grouped(width: int) -> "Kind":
+    """Groups of `width` consecutive codes (arXiv 2306.08121): every group of codes is a word with an embedding."""
+    return Kind(
+        lambda t: _grams(t, _groups(t, width)),
+        _summed,
+        functools.partial(_group_slots, width),
+        needs=("rows", "parts"),
+        wide=True,
+    )
+
+
+def _pieces(t: Table) -> dict[str, Array]:
+    return {
+        "codes": _codes(t, t.parts, np.min_scalar_type(t.rows).name),
+        "": Array(t.rows, t.dim, t.stddev * t.parts**-0.5, by_id=False),
+    }
 
 
 KINDS: dict[str, Kind] = {
@@ -241,7 +305,12 @@ KINDS: dict[str, Kind] = {
     "capped": Kind(
         _capped, lambda t, rows, mixer: rows[""][..., 0, :], lambda t, ids, codes, xp: {"": codes}, needs=("rows",)
     ),
-    "ngram": Kind(_ngram, lambda t, rows, mixer: rows[""].sum(axis=-2), _ngram_slots, needs=("rows", "parts")),
+    # Prefixes of the codes (arXiv 2504.02137), and the n-grams of arXiv 2306.08121.
+    "ngram": Kind(lambda t: _grams(t, t.parts), _summed, _ngram_slots, needs=("rows", "parts"), wide=True),
+    "unigram": _grouped(1),
+    "bigram": _grouped(2),
+    # Pieces of the codes, learned on the training events (arXiv 2306.08121); codes hold the rows, 0 = no more pieces.
+    "pieces": Kind(_pieces, _summed, lambda t, ids, codes, xp: {"": codes}, needs=("rows", "parts")),
 }
 
 

@@ -19,9 +19,7 @@ def centred(distances_BK: jax.Array) -> jax.Array:
     return (distances_BK - middle) / (top - middle + 1e-5)
 
 
-def potentials(
-    logits_BK: jax.Array, iterations: int, start_K: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def potentials(logits_BK: jax.Array, iterations: int, start_K: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Row and column potentials (u_B, v_K) after `iterations` rounds: log Q = logits + u + v.
 
     Each round makes the rows of Q sum to 1 / B, then its columns to 1 / K: the columns are exact at the end. start_K:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from recscale.layers.norms import dropout, matmul
+from recscale.layers.hashed_dropout import dropout
+from recscale.layers.norms import matmul
 from recscale.mesh import recompute
 
 EPS = 1e-6
@@ -76,7 +77,7 @@ def relative_bias(table: jax.Array, length: int, bidirectional: bool) -> jax.Arr
     by_distance = table.T @ one_hot.T
     H = by_distance.shape[0]
     rows = jnp.broadcast_to(by_distance[:, None], (H, L, 2 * L)).reshape(H, 2 * L * L)
-    return rows[:, : L * (2 * L - 1)].reshape(H, L, 2 * L - 1)[:, :, :L]
+    return rows[:, : L * (2 * L - 1)].reshape(H, L, max(2 * L - 1, 0))[:, :, :L]
 
 
 def attend(
@@ -96,7 +97,7 @@ def attend(
 
 def softmax_parts(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(score - highest) and its sum over the last axis: dividing the weighted values costs less than the weights."""
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True, initial=MASKED))
     return weights, weights.sum(axis=-1, keepdims=True)
 
 

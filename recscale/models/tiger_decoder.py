@@ -97,7 +97,7 @@ class Model(nnx.Module):
         last_B = jnp.maximum((history.segment_ids_BL > 0).sum(axis=1) - 1, 0)
         begins = self.begins(history)
         begin = jnp.take_along_axis(begins, last_B[:, None, None], axis=1)[:, 0]
-        before = History(*(None if x is None else x[:, :-1] for x in history))
+        before = jax.tree.map(lambda x: x[:, :-1], history)
         M = before.codes_BLQ.shape[1] * Q
         read = self.stack.keys_values(c, self.stream(before, history.codes_BLQ[:, 1:]), causal(before, Q))
         # Every row's stream ends at the last place, so that distances to what follows are the same in all rows.

@@ -61,7 +61,7 @@ class Codes:
                 raise CodesError(f"codes: codebook {level} is {found}, expected float32 [{self.sizes[level]}, d]")
             if not np.isfinite(book).all():
                 raise CodesError(f"codes: codebook {level} has NaN or infinite values; train the quantizer again")
-        whose = self.facts[CATALOGUE] if CATALOGUE in self.facts else {}
+        whose = self.facts.get(CATALOGUE, {})
         if whose and whose["num_items"] != self.num_items:
             raise CodesError(f"codes: {self.num_items:,} items, but facts[{CATALOGUE!r}] says {whose['num_items']:,}")
 
@@ -96,10 +96,8 @@ def check_codes(codes_VQ: np.ndarray, sizes: tuple[int, ...]) -> None:
 def identity(log: EventLog) -> dict[str, Any]:
     """{"num_items", "sha256"} of a log's catalogue: the hash of its raw item ids as text, or of 1..V without them."""
     raw = np.asarray(log.items["raw_id"])[1:] if "raw_id" in log.items else np.arange(1, log.num_items + 1)
-    return {
-        "num_items": log.num_items,
-        "sha256": hashlib.sha256("\n".join(map(str, raw.tolist())).encode()).hexdigest(),
-    }
+    text = "\n".join(map(str, raw.tolist()))
+    return {"num_items": log.num_items, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def of_log(
@@ -112,8 +110,7 @@ def of_log(
     """Codes of this log's items: its identity and its dataset's name are added to the facts."""
     if len(codes_VQ) != log.num_items + 1:
         raise CodesError(f"codes: {len(codes_VQ)} rows, expected {log.num_items + 1} (padding first) for {_named(log)}")
-    dataset = log.facts["dataset"] if "dataset" in log.facts else None
-    own = {CATALOGUE: identity(log), "dataset": dataset}
+    own = {CATALOGUE: identity(log), "dataset": log.facts.get("dataset")}
     raw = np.asarray(log.items["raw_id"]) if "raw_id" in log.items else None
     return Codes(codes_VQ, sizes, {**facts, **own}, codebooks, raw)
 
@@ -214,10 +211,7 @@ def _read_codebooks(data: bytes) -> tuple[np.ndarray, ...]:
 
 
 def _padded(raw: pa.ChunkedArray) -> np.ndarray:
-    if pa.types.is_integer(raw.type):
-        values = raw.to_numpy()
-    else:
-        values = np.array(raw.to_pylist(), dtype=np.str_)
+    values = raw.to_numpy() if pa.types.is_integer(raw.type) else np.array(raw.to_pylist(), dtype=np.str_)
     return np.concatenate([np.zeros(1, values.dtype), values])
 
 

@@ -9,26 +9,31 @@
 A bucket is the set of items with the same tuple. `extend` adds items later and leaves every tuple as it was.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from recscale.layers import sinkhorn
 from recscale.semantic_ids.catalogue import CodesError, check_codes
 
 MAXIMUM = 256  # codes of a level: a digit is a level like the others
+_ENTRIES = 1 << 22  # distances handed to Sinkhorn at a time
 
 
 class LastLevel(NamedTuple):
     """What a new assignment of the last learned level needs.
 
     residual_VD: float32 [V + 1, d], what the last level quantises (row 0 not read); codebook_KD: float32 [K, d].
-    assign: squared distances [n, K] to codes [n], balanced.
+    epsilon, iterations: of Sinkhorn; rounds: at most.
     """
 
     residual_VD: np.ndarray
     codebook_KD: np.ndarray
-    assign: Callable[[np.ndarray], np.ndarray]
+    epsilon: float = 0.003
+    iterations: int = 50
     rounds: int = 30
 
 
@@ -64,7 +69,7 @@ def resolve(
 
 
 def buckets(codes_VQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(bucket of each item int64 [V], items in each bucket int64 [N]) of items 1..V; buckets in order of their codes."""
+    """Bucket of each item 1..V, int64 [V], and items in each bucket, int64 [N]; buckets are in order of their codes."""
     order = np.lexsort(codes_VQ[1:].T[::-1])
     ordered = codes_VQ[1:][order]
     first = np.ones(len(order), bool)
@@ -152,23 +157,23 @@ def _digit_random(codes_VQ: np.ndarray, sizes: tuple[int, ...], maximum: int, se
 def _sinkhorn(
     codes_VQ: np.ndarray, sizes: tuple[int, ...], maximum: int, seed: int, last: LastLevel | None
 ) -> Resolved:
-    """As in github:XiaoLongtaoo/TIGER: every colliding bucket of a round by itself, until none collides."""
+    """As in github:XiaoLongtaoo/TIGER: every colliding bucket of a round by itself, until none collides.
+
+    An item may move to the tuple of one that was alone: those two collide in the next round.
+    """
     if last is None:
         raise CodesError("collisions = 'sinkhorn' needs the residuals and the codebook of the last level (last=)")
     _check_last(last, codes_VQ, sizes)
     codes, done = codes_VQ.copy(), 0
     for done in range(last.rounds + 1):
         bucket, count = buckets(codes)
-        crowded = np.flatnonzero(count > 1)
-        if len(crowded) == 0 or done == last.rounds:
+        if count.max() == 1 or done == last.rounds:
             break
-        order, stops = np.argsort(bucket, kind="stable"), np.cumsum(count)
         before = codes[:, -1].copy()
-        for number in crowded:
-            items = 1 + order[stops[number] - count[number] : stops[number]]
-            codes[items, -1] = last.assign(_squared_distances(last.residual_VD[items], last.codebook_KD))
+        for items_GN in _groups(bucket, count, len(last.codebook_KD)):
+            codes[items_GN, -1] = _spread(last, items_GN)
         if np.array_equal(before, codes[:, -1]):
-            break
+            break  # equal vectors stay together whatever the rounds
     spread = _counts(codes)
     moved = int((codes[1:, -1] != codes_VQ[1:, -1]).sum())
     found = _digit(codes, sizes, maximum)
@@ -212,6 +217,23 @@ def _check_last(last: LastLevel, codes_VQ: np.ndarray, sizes: tuple[int, ...]) -
         )
 
 
-def _squared_distances(x_ND: np.ndarray, codebook_KD: np.ndarray) -> np.ndarray:
-    x, c = x_ND.astype(np.float64), codebook_KD.astype(np.float64)
-    return np.maximum((x**2).sum(1)[:, None] - 2 * x @ c.T + (c**2).sum(1)[None], 0)
+def _groups(bucket_V: np.ndarray, count_N: np.ndarray, codes: int) -> Iterator[np.ndarray]:
+    """Items [G, n] of the buckets of n > 1 items, several buckets of one size at a time."""
+    order, stops = np.argsort(bucket_V, kind="stable"), np.cumsum(count_N)
+    for size in np.unique(count_N[count_N > 1]):
+        numbers = np.flatnonzero(count_N == size)
+        for some in np.array_split(numbers, -(-len(numbers) * int(size) * codes // _ENTRIES)):
+            yield 1 + order[(stops[some] - size)[:, None] + np.arange(size)]
+
+
+def _spread(last: LastLevel, items_GN: np.ndarray) -> np.ndarray:
+    """New codes [G, n] of the last level, every group balanced by itself."""
+    x, c = last.residual_VD[items_GN].astype(np.float64), last.codebook_KD.astype(np.float64)
+    distances = np.maximum((x**2).sum(-1)[..., None] - 2 * x @ c.T + (c**2).sum(-1)[None, None], 0).astype(np.float32)
+    padded = np.resize(distances, (1 << (len(distances) - 1).bit_length(), *distances.shape[1:]))  # few shapes
+    return np.asarray(_assign_groups(padded, last.epsilon, last.iterations))[: len(distances)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _assign_groups(distances_GNK: jax.Array, epsilon: float, iterations: int) -> jax.Array:
+    return jax.vmap(lambda distances_NK: sinkhorn.assign(distances_NK, epsilon, iterations))(distances_GNK)

@@ -1,8 +1,8 @@
 """Item content to vectors: text by one of the ENCODERS, float32 [V + 1, D], row 0 (padding) zeros.
 
-The text columns of a log are joined to one text per item. Every distinct text is encoded once, so items with equal texts
-have equal vectors, bit for bit. Items without a word get the mean of the others' vectors: it says nothing of them, and
-unlike zeros it does not pull a codebook away from the rest. `encode` counts both kinds.
+The text columns of a log are joined to one text per item. Every distinct text is encoded once, so items with equal
+texts have equal vectors, bit for bit. Items without a word get the mean of the others' vectors: it says nothing of
+them, and unlike zeros it does not pull a codebook away from the rest. `encode` counts both kinds.
 
 `tfidf_svd` needs no model and no network. The others are pretrained: "wordllama" carries its weights in its package,
 "sentence_transformers" and "fastembed" take the name of a model, or its folder.
@@ -55,11 +55,15 @@ def encode(
 
     columns: text columns, joined in this order; by default those of COLUMNS that the log has. ignored: values that say
     nothing. settings: of the encoder. The facts count `items_without_text`, `items_with_the_text_of_another` and
-    `distinct_texts`. Raises ContentError: unknown encoder or column, no text in the log or in any item, a package that
-    is not installed, vectors that are not finite.
+    `distinct_texts`. Raises ContentError: unknown encoder, setting or column, no text in the log or in any item, a
+    package that is not installed, vectors that are not finite.
     """
     if encoder not in ENCODERS:
         raise ContentError(f"encoder {encoder!r}: expected one of {', '.join(ENCODERS)}")
+    unknown = sorted(set(settings) - set(_defaults(encoder)))
+    if unknown:
+        known = ", ".join(_defaults(encoder)) or "none"
+        raise ContentError(f"encoder {encoder!r}: no setting {', '.join(unknown)}; it has {known}")
     chosen = text_columns(log, columns)
     texts = item_texts(log, chosen, ignored)
     distinct, index = np.unique(np.array(texts, dtype=object), return_inverse=True)
@@ -157,7 +161,11 @@ def tfidf_svd(texts: list[str], *, dim: int = 256, ngrams: int = 1, min_count: i
 
 
 def wordllama(texts: list[str]) -> np.ndarray:
-    """Means of 256-d word vectors distilled from Llama 2, rows of length 1; weights and tokenizer of the package."""
+    """Means of 256-d vectors of word pieces, rows of length 1; weights and tokenizer of the package.
+
+    The package is under the MIT licence; its vectors were trained from the token embeddings of Llama 2 and other
+    models, so read the licence of Llama 2 before you use them.
+    """
     package = _package("wordllama", "wordllama")
     inside = Path(str(package.__file__)).parent  # its own search misses the tokenizer that it carries, and asks the net
     model = package.WordLlama.load(dim=256, cache_dir=inside, disable_download=True)
@@ -216,7 +224,7 @@ def _defaults(encoder: str) -> dict[str, Any]:
 
 
 def _version(encoder: str) -> str:
-    name = _DISTRIBUTIONS[encoder] if encoder in _DISTRIBUTIONS else encoder
+    name = _DISTRIBUTIONS.get(encoder, encoder)
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:

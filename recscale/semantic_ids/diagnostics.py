@@ -1,6 +1,6 @@
-"""How good the codes of a catalogue are, in plain numbers: use of the codebooks, collisions, what they keep of content.
+"""How good the codes of a catalogue are, in plain numbers: use of the codes, collisions, what they keep of content.
 
-Collapse (few codes used) and silent collisions are the usual ways in which semantic ids fail: look here before training.
+Collapse (few codes used) and silent collisions are how semantic ids usually fail: look here before training.
 """
 
 from typing import Any
@@ -52,7 +52,8 @@ def level_use(codes_V: np.ndarray, size: int) -> dict[str, Any]:
     """How the items use the `size` codes of one level; codes [V] without padding.
 
     size; used and dead codes; entropy in nats, its share of log(size) (1 where every code has as many items), and
-    perplexity = exp(entropy): the number of evenly used codes with the same entropy; largest: items of the fullest code.
+    perplexity = exp(entropy): the number of evenly used codes with the same entropy; largest: items of the fullest
+    code.
     """
     count = np.bincount(codes_V, minlength=size)
     share = count[count > 0] / len(codes_V)
@@ -134,7 +135,7 @@ def neighbours_kept(
 
 
 def _distances(x_VD: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Squared distances [rows, V]; equal vectors are at equal distances (never below 0)."""
+    """Squared distances [rows, V], never below 0."""
     square = (x_VD**2).sum(axis=1)
     return np.maximum(square[rows][:, None] - 2 * x_VD[rows] @ x_VD.T + square[None], 0)
 

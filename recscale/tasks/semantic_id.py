@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from recscale.layers.kinds import Table
 from recscale.layers.code_tokens import History
+from recscale.layers.kinds import Table
 from recscale.tasks import next_item
 from recscale.tasks.next_item import USER_FEATURE
 
@@ -104,7 +104,7 @@ class Task(next_item.Task):
         return History(_integers(rows["history"]), batch["item_id"] > 0, batch["segment_ids"], vector_BLD)
 
     def nats(self, model, lookup: Callable[[str, jax.Array], jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
-        """[B, L]: -log p of the target's tuple at every position, without dropout; only at targets does it mean a thing.
+        """[B, L]: -log p of the target's tuple at every position, without dropout; it means something at targets only.
 
         lookup: (table, ids) -> vectors. Slots are all of the row, or where loader.segments is set its targets.
         """

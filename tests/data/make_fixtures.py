@@ -121,6 +121,14 @@ def write_parquet(path: Path, rows: Ratings, *, times: bool = True, **columns: p
     return path
 
 
+def write_items(path: Path, ids: np.ndarray, **columns: list) -> Path:
+    """An items file: item_id in falling order, a title per id, and further columns in the order of `ids`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"item_id": ids.astype(np.int32), "title": [title(i) for i in ids], **columns}
+    pq.write_table(pa.table(table).take(np.arange(len(ids))[::-1]), path)
+    return path
+
+
 def write_s3rec(path: Path, seed: int = 0) -> list[list[int]]:
     """S3-Rec's Beauty.txt: lines "user item item ..."; returns the sequences."""
     rng = np.random.default_rng(seed)

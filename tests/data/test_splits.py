@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from recscale.data import slices, splits
+from recscale.data import slices, splits, windows
 from recscale.data.event_log import Column, EventLog, EventLogError
 
 DAY = 86_400

@@ -31,6 +31,30 @@ def test_parquet_keeps_the_order_the_times_and_repeats(tmp_path):
     assert log.facts["repeats"] == "allowed" and log.facts["repeated_events"] == 1
 
 
+def test_item_text_is_that_of_the_item(tmp_path):
+    rows = make.ratings()
+    make.write_parquet(tmp_path / "yelp/yelp.parquet", rows)
+    about = [f"Food, kind {i % 7}" for i in rows.movies]
+    make.write_items(tmp_path / "yelp/yelp_items.parquet", rows.movies, description=about)
+    log = prepare("yelp", tmp_path / "log", source=tmp_path, expected=None)
+    raw, text = log.items["raw_id"][1:], log.read_text()
+    assert text is not None and text.column_names == ["title", "description"]
+    assert text["title"].to_pylist() == [make.title(i) for i in raw]
+    assert text["description"].to_pylist() == [f"Food, kind {i % 7}" for i in raw]
+
+
+def test_an_item_without_text_is_null_and_one_given_twice_is_refused(tmp_path):
+    rows = make.ratings()
+    make.write_parquet(tmp_path / "yelp.parquet", rows)
+    rated = np.unique(rows.item)
+    make.write_items(tmp_path / "yelp_items.parquet", rated[1:])
+    text = prepare("yelp", tmp_path / "log", source=tmp_path, expected=None).read_text()
+    assert text is not None and text["title"].to_pylist() == [None, *(make.title(i) for i in rated[1:])]
+    make.write_items(tmp_path / "yelp_items.parquet", np.append(rated, rated[3]))
+    with pytest.raises(EventLogError, match=f"yelp_items.parquet: id {rated[3]} occurs twice"):
+        prepare("yelp", tmp_path / "other", source=tmp_path, expected=None)
+
+
 def test_a_gap_in_pos_is_refused(tmp_path):
     make.write_parquet(tmp_path / "yelp.parquet", make.ratings())
     table = pq.read_table(tmp_path / "yelp.parquet")
@@ -48,3 +72,7 @@ def test_real_counts(tmp_path, recscale_data, recscale_data_file):
     assert (log.lengths.min(), log.lengths.max()) == (5, 350)
     assert (log.facts["tied_events"], log.facts["users_last_two_tied"]) == (0, 0)
     assert log.facts["repeated_events"] == 11_830
+    text, given = log.read_text(), pq.read_table(recscale_data_file("yelp/yelp_items.parquet"))
+    titles = dict(zip(given["item_id"].to_pylist(), given["title"].to_pylist(), strict=True))
+    assert text is not None and text["title"].to_pylist() == [titles[i] for i in log.items["raw_id"][1:].tolist()]
+    assert sorted(source for source in log.facts["source_files"]) == ["yelp.parquet", "yelp_items.parquet"]

@@ -26,12 +26,13 @@ TABLES = {
     "pq": Table(IDS, D, "pq", parts=4),
     "multi": Table(IDS, D, "multi", parts=2, inner=4),
     "capped": Table(IDS, D, "capped", rows=30),
+    "pieces": Table(IDS, D, "pieces", rows=50, parts=3),
 }
 MESHES = {"1x1x1": (1, 1, 1), "1x8x1": (1, 8, 1), "1x2x4": (1, 2, 4)}
 CASES = [("full", "1x1x1", "dot"), ("full", "1x8x1", "cosine"), ("hashed", "1x2x4", "dot")]
 RARER = [("full", "1x1x1", "cosine"), ("full", "1x2x4", "dot"), ("hashed", "1x1x1", "dot"), ("pq", "1x1x1", "dot")]
 RARER += [("low_rank", "1x2x4", "dot"), ("pq", "1x2x4", "cosine"), ("multi", "1x2x4", "cosine")]
-RARER += [("capped", "1x8x1", "dot")]
+RARER += [("capped", "1x8x1", "dot"), ("pieces", "1x8x1", "dot")]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in RARER]
 
 
@@ -49,7 +50,7 @@ def codes_of(spec: Table) -> np.ndarray | None:
     """Codes [IDS + 1, Q] by id; None for kinds without."""
     if not spec.num_codes:
         return None
-    low, high = (1, spec.rows + 1) if spec.kind == "capped" else (0, 256)
+    low, high = {"capped": (1, spec.rows + 1), "pieces": (0, spec.rows + 1)}.get(spec.kind, (0, 256))
     return np.random.default_rng(5).integers(low, high, (IDS + 1, spec.num_codes))
 
 

@@ -28,6 +28,7 @@ TABLES = {
     "multi": Table(IDS, D, "multi", parts=2, inner=4),
     "capped": Table(IDS, D, "capped", rows=30),
     "ngram": Table(IDS, D, "ngram", rows=50, parts=3),
+    "pieces": Table(IDS, D, "pieces", rows=50, parts=3),
 }
 SLOW = pytest.mark.slow
 # Six devices do not share the rows evenly: each holds them all.
@@ -51,7 +52,7 @@ def codes_of(spec: Table) -> np.ndarray | None:
     """Codes [IDS + 1, Q] by id; None for kinds without."""
     if not spec.num_codes:
         return None
-    low, high = (1, spec.rows + 1) if spec.kind == "capped" else (0, 256)
+    low, high = {"capped": (1, spec.rows + 1), "pieces": (0, spec.rows + 1)}.get(spec.kind, (0, 256))
     codes = np.random.default_rng(5).integers(low, high, (IDS + 1, spec.num_codes))
     return codes.astype(spec.arrays()["codes"].dtype)
 

@@ -81,6 +81,7 @@ def without_text() -> EventLog:
 
 WRONG = {
     "encoder": (make_log, "bert", {}, "encoder 'bert': expected one of tfidf_svd"),
+    "setting": (make_log, "tfidf_svd", {"dims": 6}, "no setting dims; it has dim, ngrams, min_count, seed"),
     "no text": (without_text, "tfidf_svd", {}, "no item text"),
     "column": (make_log, "tfidf_svd", {"columns": ("price",)}, "no text column price .* it has asin, title, attr"),
     "silent": (make_log, "tfidf_svd", {"columns": ("attributes",), "ignored": ("Unknown", "Deluxe")}, "no item has a"),
@@ -150,7 +151,7 @@ def test_sentence_transformers_is_asked_for_unit_vectors(monkeypatch):
     np.testing.assert_array_equal(found.vectors_VD[1:][:8], length_and_first(texts[:8]))
     assert (asked["model"], asked["batch_size"], asked["normalize_embeddings"]) == ("folder/model", 8, True)
     assert found.facts["settings"] == {"model": "folder/model", "batch_size": 8, "device": None}
-    with pytest.raises(ContentError, match="model 'gone' cannot be loaded .no such model and no network.; give"):
+    with pytest.raises(ContentError, match=r"model 'gone' cannot be loaded \(no such model and no network\); give"):
         content.encode(log, "sentence_transformers", model="gone")
 
 
