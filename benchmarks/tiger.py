@@ -177,7 +177,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # both sides; before JAX makes its threads
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"Load average {load:.1f}: other work is running, read the figures per CPU second beside the others.")
-    ours = {f"ours, remat {remat}": Ours(remat) for remat in ("none", "layer")[: 1 if args.quick else 2]}
+    ours = {f"ours, remat {remat}": Ours(remat) for remat in ("layer", "none")[: 1 if args.quick else 2]}
     turns: dict[str, Callable] = {name: one.turn for name, one in ours.items()}
     if not args.quick:
         turns["ours, packed, six histories a row"] = Ours("layer", packed=True).turn

@@ -69,7 +69,7 @@ def evaluate_generated(
         target_B = np.zeros(len(batch["target"]), np.int32)
         target_B[at] = batch["target"][at, place]
         for protocol in c.protocols:
-            excluded = seen(example, at, row, len(target_B), target_B) if protocol == "unseen" else None
+            excluded = seen(example, at, row, target_B) if seen and protocol == "unseen" else None
             inputs = jax.tree.map(lambda x: place_same(by_rows, x), (target_B, excluded))
             ranks = _search(*arrays, placed, *inputs, trie, width=c.top_k, **how)
             found |= {metrics.column(name, protocol): np.asarray(value)[at] for name, value in ranks.items()}
@@ -124,9 +124,9 @@ class _Seen:
         longest = int((view.target_start - self._begin).max())
         self._width = 1 << max(3, (longest - 1).bit_length())
 
-    def __call__(self, example, at, row, rows: int, target_B) -> np.ndarray:
-        """int32 [rows, E], 0 in front; the target itself is left out."""
-        excluded = np.zeros((rows, self._width), np.int32)
+    def __call__(self, example, at, row, target_B: np.ndarray) -> np.ndarray:
+        """int32 [B, E], 0 in front; the target itself is left out."""
+        excluded = np.zeros((len(target_B), self._width), np.int32)
         for b, begin, end in zip(at, self._begin[example], row, strict=True):
             ids = np.unique(self._items[begin:end])
             ids = ids[ids != target_B[b]]

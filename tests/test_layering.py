@@ -94,6 +94,7 @@ LIBRARY = {
         "recscale.program",
         "recscale.record",
         "recscale.run",
+        "recscale.tasks",
     ),
     "recscale.branch": (
         "recscale.program",

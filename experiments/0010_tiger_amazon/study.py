@@ -46,6 +46,14 @@ def data_folder() -> Path | None:
     return root if root and (root / "amazon2014/beauty_semantic_ids.parquet").is_file() else None
 
 
+def published(name: str) -> Path:
+    """A published file; raises ValueError where it is not there."""
+    folder = data_folder()
+    if folder is None:
+        raise ValueError(f"{name}: set RECSCALE_DATA to the folder that holds it")
+    return folder / name
+
+
 def base(data: str, ids: str) -> ConfigDict:
     """What the generative models of a dataset share; the digit level has as many codes as the others."""
     config = tiger_beauty.get_config().unlock()
@@ -131,7 +139,7 @@ def quantizer(data: str, ids: str) -> ConfigDict:
     if ids == "random":
         config.method, config.model = "random", ConfigDict({"levels": 3, "codebook": 256, "unique": True})
     if ids == "rqkmeans_cf":
-        config.behaviour.update({"source": str(data_folder() / VECTORS), "use": "join", "weight": 0.5})
+        config.behaviour.update({"source": str(published(VECTORS)), "use": "join", "weight": 0.5})
     return config.lock()
 
 
@@ -148,7 +156,7 @@ def prepare(folder: Path) -> None:
                 make(quantizer(data, ids), CODES / f"{data}-{ids}")
         for scheme in PUBLIC if data == "beauty" and data_folder() else ():
             if not (CODES / f"{data}-{scheme}" / "meta.json").exists():
-                table = data_folder() / "amazon2014/beauty_semantic_ids.parquet"
+                table = published("amazon2014/beauty_semantic_ids.parquet")
                 catalogue.write(public.read(table, scheme, log), CODES / f"{data}-{scheme}")
 
 

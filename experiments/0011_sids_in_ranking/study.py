@@ -1,7 +1,7 @@
 """Item ids against n-grams and pieces of semantic ids in the item table, at equal bytes. Question: README.md beside.
 
 python -m recscale.data.prepare --dataset=yelp --source=DIR --out=logs/yelp          (and microlens)
-python -m recscale.semantic_ids.make --config=configs/rqvae_beauty.py --config.data.path=logs/yelp --out=codes/yelp
+python -m recscale.semantic_ids.make --config=configs/rqkmeans_beauty.py --config.data.path=logs/yelp --out=codes/yelp
 python -m launch.sweep experiments/0011_sids_in_ranking --on=local
 """
 

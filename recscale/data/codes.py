@@ -199,7 +199,6 @@ def table_facts(slots_VK: np.ndarray, frequency_V1: np.ndarray, num_rows: int) -
     ordered = np.sort(slots, axis=1)
     new = np.ones(ordered.shape, bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    new &= ordered > 0
     row, events = ordered[new], np.repeat(count, new.sum(axis=1))
     items_of_row = np.bincount(row, minlength=num_rows + 1)
     events_of_row = np.bincount(row, weights=events, minlength=num_rows + 1)[1:]

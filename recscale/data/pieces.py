@@ -45,21 +45,9 @@ def learn(codes_VQ: np.ndarray, count_V: np.ndarray, rows: int) -> np.ndarray:
         raise ValueError(
             "table.kind = 'pieces': no item has a training event, so there is nothing to learn pieces from"
         )
-    words_of = list(counts)
-
-    def spell(size: int) -> list[list[int]]:
-        return _trained(package, seen, characters, size).encode(words_of)
-
-    spelt, low, high = spell(rows), rows, 2 * rows
-    while high - low > max(1, rows // PRECISION):
-        size = (low + high) // 2
-        tried = spell(size)
-        if len(set(itertools.chain.from_iterable(tried))) <= rows:
-            spelt, low = tried, size
-        else:
-            high = size
+    spelt = _spelt(package, seen, characters, list(counts), rows)
     row_of = {piece: row for row, piece in enumerate(sorted(set(itertools.chain.from_iterable(spelt))), 1)}
-    ids_of = dict(zip(words_of, spelt, strict=True))
+    ids_of = dict(zip(counts, spelt, strict=True))
     found = np.zeros(codes_VQ.shape, np.min_scalar_type(rows))
     for item, word in enumerate(words, 1):
         found[item, : len(ids_of[word])] = [row_of[piece] for piece in ids_of[word]]
@@ -85,6 +73,22 @@ def _words(codes_VQ: np.ndarray) -> list[str]:
             f"table.kind = 'pieces': {codes_VQ.shape[1]} codes of {width} values: expected {2 * _PER_PLANE:,} together"
         )
     return ["".join(map(chr, row)) for row in point.tolist()]
+
+
+def _spelt(
+    package: Any, seen: list[tuple[str, int]], characters: list[str], words: list[str], rows: int
+) -> list[list[int]]:
+    """The pieces of each word in the largest vocabulary of which the words use `rows` pieces at most, by bisection."""
+    low, high = rows, 2 * rows
+    spelt = _trained(package, seen, characters, rows).encode(words)
+    while high - low > max(1, rows // PRECISION):
+        size = (low + high) // 2
+        tried = _trained(package, seen, characters, size).encode(words)
+        if len(set(itertools.chain.from_iterable(tried))) <= rows:
+            spelt, low = tried, size
+        else:
+            high = size
+    return spelt
 
 
 def _trained(package: Any, seen: list[tuple[str, int]], characters: list[str], size: int) -> Any:

@@ -59,7 +59,7 @@ def check(vectors_ND: np.ndarray, codebook: int) -> tuple[np.ndarray, np.ndarray
     bad = ~np.isfinite(vectors_ND).all(axis=1)
     if bad.any():
         raise VectorsError(
-            f"vectors: {int(bad.sum()):,} of {len(vectors_ND):,} have NaN or infinite values, first row {np.argmax(bad)}"
+            f"vectors: {int(bad.sum()):,} of {len(vectors_ND):,} have NaN or infinite values, first {np.argmax(bad)}"
             "; mend the encoder that made them"
         )
     first_N = first_equal(vectors_ND)

@@ -24,18 +24,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 
-from recscale import record
-from recscale.checkpoint import Checkpoints
 from recscale.data.event_log import EventLog
 from recscale.data.features import ITEM, open_feature
 from recscale.layers.ranking import pack_seen, top_items
 from recscale.mesh import REPLICATED, place_same
-from recscale.program import abstract_state
-from recscale.run import Run, build
+from recscale.run import Run
 from recscale.serve import answers, cache
 from recscale.serve.history import BadRequest, Events, Reader, padded, users_of
+from recscale.serve.trained import trained
 
 BLOCK, SMALLEST = 4096, 8
 
@@ -59,6 +56,8 @@ class Recommender:
 
     def __init__(self, run: Run, state: Mapping[str, Any], *, micro: int = 128):
         """state: a train state of the run (its optimizer is not used). micro: candidates computed at a time."""
+        if run.task.generates:
+            raise BadRequest("this run generates semantic ids: use recscale.serve.generator.Generator")
         self.run, self.micro = run, micro
         self.model, self.mixers = state["model"], state["mixers"]
         layouts = run.tables.catalogue_specs(run.task.catalogue)  # arrays of shared rows go to every device once
@@ -100,15 +99,7 @@ class Recommender:
 
         Raises ValueError or OSError where there is none, or it cannot be read.
         """
-        config = ConfigDict(_tuples(record.read(Path(workdir))["config"])).lock()
-        run = build(config)
-        folder = Path(workdir) / ("best" if config.train.select else "checkpoints")
-        with Checkpoints(folder, keep=1, read_only=True) as checkpoints:
-            step = checkpoints.latest()
-            if step is None:
-                raise ValueError(f"{folder}: no checkpoint; train first")
-            state, _ = checkpoints.restore(step, abstract_state(run))
-        return cls(run, state, **settings)
+        return cls(*trained(workdir), **settings)
 
     @property
     def tokens(self) -> int:
@@ -316,10 +307,3 @@ def _item_codes(log: EventLog, names: Sequence[str]) -> dict[str, np.ndarray]:
     every = np.arange(log.num_items + 1, dtype=np.int32)
     once = dataclasses.replace(log, events={"item_id": every}, columns={})  # what reads events reads all items here
     return {name: open_feature(once, name).read(every) for name in names}
-
-
-def _tuples(value: Any) -> Any:
-    """A config read from JSON: its lists are tuples again."""
-    if isinstance(value, dict):
-        return {key: _tuples(part) for key, part in value.items()}
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

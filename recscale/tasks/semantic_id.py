@@ -9,6 +9,7 @@ end (loader.window "prefixes" or "spans"). A decoder-only model is causal and le
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,7 @@ class Task(next_item.Task):
     def history(self, rows: dict[str, jax.Array], batch: dict[str, jax.Array]) -> History:
         """What a generative model reads of a batch. rows: vectors of what `wanted` names."""
         users = [rows[name] for name in self.input_features]
-        vector_BLD = sum(users) if users else None
+        vector_BLD = functools.reduce(jnp.add, users) if users else None
         return History(_integers(rows["history"]), batch["item_id"] > 0, batch["segment_ids"], vector_BLD)
 
     def nats(self, model, lookup: Callable[[str, jax.Array], jax.Array], batch: dict[str, jax.Array]) -> jax.Array:

@@ -123,8 +123,8 @@ def bad(at: int, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (bad(98, np.nan), "2 of 100 have NaN or infinite values, first row 98"),
-        (bad(99, np.inf), "1 of 100 have NaN or infinite values, first row 99"),
+        (bad(98, np.nan), "2 of 100 have NaN or infinite values, first 98"),
+        (bad(99, np.inf), "1 of 100 have NaN or infinite values, first 99"),
         (np.ones((50, 3)), "all 50 rows are equal"),
         (vectors(9), "5 distinct for 8 codes a level: use model.codebook = 5 or fewer"),
         (np.ones(5), r"float64 \[5\], expected numbers \[items, dimensions\]"),
