@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from recscale import reading
 from recscale.data import codes, pieces, splits
+from recscale.data.codes import item_counts
 from recscale.data.event_log import EventLog
 from recscale.data.loading import Loader
 from recscale.layers.kinds import Table, information_abundance
@@ -51,17 +52,6 @@ def build(config: ml_collections.ConfigDict) -> Run:
     parts = program(config, log.num_items, cardinalities, steps)
     fixed = _fixed_values(parts, log, views["train"])
     return Run(**vars(parts), log=log, views=views, loader=loader, fixed=fixed)
-
-
-def item_counts(log: EventLog, view: splits.View) -> np.ndarray:
-    """float64 [V + 1]: how often each item occurs among the events of a view, padding 0."""
-    items = log.events["item_id"]
-    counts = np.zeros(log.num_items + 1)
-    for first in range(0, len(view), 100_000):
-        part = slice(first, first + 100_000)
-        rows = splits.runs(view.start[part], view.stop[part] - view.start[part])
-        counts += np.bincount(items[rows], minlength=log.num_items + 1)
-    return counts
 
 
 def init_state(run: Run) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recscale.data.codes import item_counts
 from recscale.data.loading import Loader
 from recscale.evaluate import evaluate_split
 from recscale.mesh import place_batch
 from recscale.models import MODELS, hstu, sasrec
 from recscale.program import abstract_state
-from recscale.run import build, collapse, costs, init_state, item_counts, seen
+from recscale.run import build, collapse, costs, init_state, seen
 from recscale.step import make_train_step
 from tests.tiny_run import FULL, ITEMS, SAMPLED, make_log, tiny
 
