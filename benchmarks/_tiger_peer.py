@@ -6,7 +6,9 @@ Needs torch, transformers and numpy only, so it runs in an environment of its ow
 embeddings, pad = eos = BOS = 0, mean cross-entropy over the tokens of the whole vocabulary, AdamW over everything.
 
 SETUP.npz holds `setup` (JSON: config of the model, levels, codebook, dropout, threads), histories [steps, B, L, Q] and
-targets [steps, B, Q] of codes and the parameters to start from by their names. The process reads one JSON command a
+targets [steps, B, Q] of codes, lengths [steps, B] of the histories, and the parameters to start from by their names.
+
+The process reads one JSON command a
 line from stdin and answers with one JSON line on stdout: {"do": "logits", "out": PATH} writes the scores [B, Q, K] of
 batch 0 without dropout; {"do": "run", "compiled": bool, "seconds": S} trains for about S seconds.
 """
@@ -32,6 +34,7 @@ class Peer:
         levels, codebook = self.c["levels"], self.c["codebook"]
         first = 1 + np.arange(levels) * codebook
         history, target = data.pop("history") + first, data.pop("target") + first
+        self.lengths = torch.from_numpy(data.pop("lengths") * levels).long()
         self.inputs = torch.from_numpy(history.reshape(*history.shape[:2], -1)).long()
         self.labels = torch.from_numpy(target).long()
         size = self.c["model"]
@@ -52,9 +55,10 @@ class Peer:
         self.step = 0
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Histories without padding, with their mask as public code passes it."""
-        inputs, labels = (x[step % len(x)] for x in (self.inputs, self.labels))
-        return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
+        """Histories padded to the longest of the batch, with their mask, as public code passes them."""
+        inputs, labels, lengths = (x[step % len(x)] for x in (self.inputs, self.labels, self.lengths))
+        mask = (torch.arange(inputs.shape[1])[None] < lengths[:, None]).long()[:, : int(lengths.max())]
+        return {"input_ids": inputs[:, : mask.shape[1]] * mask, "attention_mask": mask, "labels": labels}
 
     def logits(self, out: str) -> dict:
         self.model.eval()
@@ -74,7 +78,7 @@ class Peer:
             loss = self.models[compiled](**batch).loss
             loss.backward()
             self.optimizer.step()
-            tokens += batch["input_ids"].numel() + batch["labels"].numel()
+            tokens += int(batch["attention_mask"].sum()) + batch["labels"].numel()
             steps, self.step = steps + 1, self.step + 1
         wall = time.perf_counter() - begin
         return {"events": tokens, "steps": steps, "wall": wall, "cpu": time.process_time() - cpu, "loss": loss.item()}

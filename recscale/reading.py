@@ -7,13 +7,16 @@ import ml_collections
 import numpy as np
 
 from recscale.data import splits, windows
+from recscale.data.cold_start import cold_start
 from recscale.data.event_log import EventLog
 from recscale.data.features import known_before, open_feature
 from recscale.data.loading import Loader
 from recscale.data.reach import Reach
 from recscale.tasks.next_item import Task
 
+SPLITS = splits.SPLITS | {"cold_start": cold_start}
 CHUNK = 1 << 22  # labels checked at a time
+CUTS = {"all": windows.in_windows, "prefixes": windows.prefixes}  # loader.window -> examples cut anew for training
 LABELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "binary": (lambda x: (x == 0) | (x == 1), "0 or 1"),
     "ordinal": (np.isfinite, "finite numbers"),
@@ -27,17 +30,13 @@ def views(config: ml_collections.ConfigDict, log: EventLog) -> dict[str, splits.
     """The sides of the config's split, training as small as config.data says; raises ValueError for a name unknown."""
     arguments = dict(config.split)
     name = arguments.pop("name")
-    if name not in splits.SPLITS:
-        raise ValueError(f"split.name = {name!r}: expected one of {tuple(splits.SPLITS)}")
-    found = splits.SPLITS[name](log, **arguments)
+    if name not in SPLITS:
+        raise ValueError(f"split.name = {name!r}: expected one of {tuple(SPLITS)}")
+    found = SPLITS[name](log, **arguments)
     if config.data.users:
         found["train"] = splits.limit_users(found["train"], config.data.users)
     if config.data.events_per_user:
         found["train"] = splits.limit_events(found["train"], config.data.events_per_user)
-    if config.loader.window == "all":
-        found["train"] = windows.in_windows(found["train"], config.loader.length)
-    if config.loader.window == "prefixes":
-        found["train"] = windows.prefixes(found["train"], config.loader.length)
     for split in (*config.eval.final, *([config.eval.during] if config.train.eval_every else [])):
         if split not in found:
             raise ValueError(f"eval: split.name = {config.split.name!r} gives {tuple(found)}, not {split!r}")
@@ -152,12 +151,15 @@ def check_labels(task: Task, log: EventLog) -> None:
 
 
 def train_loader(config: ml_collections.ConfigDict, task: Task, log: EventLog, view: splits.View) -> Loader:
-    """Shuffled batches of a training view, shared by the processes; raises ValueError as check_labels does."""
+    """Shuffled batches of a training view, shared by the processes; raises ValueError as check_labels does.
+
+    Its examples are cut anew as loader.window says; the view, from which items are counted, has every event once.
+    """
     check_labels(task, log)
     c = config.loader
     return Loader(
         log,
-        view,
+        CUTS[c.window](view, c.length) if c.window in CUTS else view,
         batch_size=c.batch_size,
         window=c.window if c.window in ("random", "spans") else "last",
         segments=c.segments,
