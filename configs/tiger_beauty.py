@@ -1,7 +1,9 @@
 """TIGER on Amazon Beauty (5-core, 2014), leave-one-out: an encoder-decoder over semantic ids of the items' text.
 
 Paper     arXiv 2305.05065; published R@10 .0648, N@10 .0384; public re-runs .0559 to .0721. The width
-          is the paper's 128, with 4.59 M parameters; embed_dim 384 has the 13.8 M that it also states.
+          is the paper's 128 (4.59 M parameters where tied; embed_dim 384 has the 13.8 M that it also states).
+          Weights are drawn at .02 and not tied, as in the re-runs that train well: T5's own start needs T5's
+          learning rate of .01 (experiments/LOG.md).
 Data      python -m recscale.data.prepare --dataset=beauty --source=DIR --out=logs/beauty
           python -m recscale.semantic_ids.make --config=configs/rqvae_beauty.py --out=codes/beauty-rqvae
 Command   python -m recscale.train --config=configs/tiger_beauty.py --workdir=runs/tiger_beauty
@@ -51,6 +53,8 @@ def get_config() -> ConfigDict:
             "max_length": 21,
             "dropout": 0.1,
             "dtype": "float32",
+            "init": "small",
+            "tied": False,
         }
     )
     c.table = ConfigDict(

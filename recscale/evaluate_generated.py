@@ -7,7 +7,8 @@ place: of a tuple with b items, first among them the rank r, each item has the r
   items of its tuple, `hr_pessimistic@10` last: the width between them is what collisions leave open.
 * `tuple_hr@10`, `tuple_ndcg@10`: tuple-level; a hit is the tuple, whoever shares it. Not comparable with item-level.
 * `.../unseen`: without the items of the user's earlier events, the target excepted, inside the search.
-* `nats`: -log p(tuple), among all tuples of codes, existing or not. `found`: targets that are in the beam at all.
+* `nats`: -log p(item), the probability of the tuple shared by its items alike; `tuple_nats`: -log p(tuple). Both are among
+  all tuples of codes, existing or not. `found`: targets that are in the beam at all.
 """
 
 import functools
@@ -28,7 +29,7 @@ from recscale.layers.beam import beam_search, places
 from recscale.layers.trie import build
 from recscale.mesh import BATCH, REPLICATED, place_same
 from recscale.metrics import NonFiniteScore
-from recscale.run import Run
+from recscale.run import Run, check_semantic_ids
 from recscale.tasks.semantic_id import CODES
 
 PerTarget = dict[str, np.ndarray]
@@ -45,16 +46,19 @@ def evaluate_generated(
     """Generate for every target of a view; returns (rows, per_target).
 
     rows: {step, split, slice, metric, value, stderr, n} as recscale.evaluate gives them. per_target, in order of
-    (example, row of the log): `example`, `row`, `nats`, and for each protocol of eval.protocols `rank`, `bucket` and
-    `tuple_rank` (or rank_unseen, ...): rank is that of the first item of the target's tuple, bucket how many share it,
-    and all are one more than the catalogue's items where the beam does not hold it. slices: per_target -> masks. poll:
-    called at every batch; may raise. Raises NonFiniteScore where the state diverged.
+    (example, row of the log): `example`, `row`, `nats`, `tuple_nats`, and for each protocol of eval.protocols `rank`,
+    `bucket` and `tuple_rank` (or rank_unseen, ...): rank is that of the first item of the target's tuple, bucket how many
+    share it, and all are one more than the catalogue's items where the beam does not hold it. slices: per_target -> masks.
+    poll: called at every batch; may raise. Raises NonFiniteScore where the state diverged, ValueError where it was trained
+    with other codes than those that are in the folder now.
     """
     c = run.config.eval
+    check_semantic_ids(run, state)
     each, example_of = _one_target_each(view)
     loader = reading.generation_loader(run.config, run.task, run.log, each)
     seen = _Seen(run.log, each) if "unseen" in c.protocols else None
     trie = jax.device_put(build(_codes(run)), NamedSharding(run.mesh, REPLICATED)) if c.protocols else None
+    sharing = _sharing(_codes(run))
     arrays = (state["model"], state["tables"], state["mixers"])
     how = {"tables": run.tables, "task": run.task}
     by_rows = NamedSharding(run.mesh, BATCH)
@@ -73,7 +77,8 @@ def evaluate_generated(
             inputs = jax.tree.map(lambda x: place_same(by_rows, x), (target_B, excluded))
             ranks = _search(*arrays, placed, *inputs, trie, width=c.top_k, **how)
             found |= {metrics.column(name, protocol): np.asarray(value)[at] for name, value in ranks.items()}
-        parts.append(found | {"nats": np.asarray(nats_BL)[at, place].astype(np.float64)})
+        tuple_nats = np.asarray(nats_BL)[at, place].astype(np.float64)
+        parts.append(found | {"tuple_nats": tuple_nats, "nats": tuple_nats + np.log(sharing[target_B[at]])})
     per_target = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((per_target["row"], per_target["example"]))
     per_target = {name: values[order] for name, values in per_target.items()}
@@ -95,6 +100,12 @@ def _one_target_each(view: View) -> tuple[View, np.ndarray]:
 
 def _codes(run: Run) -> np.ndarray:
     return run.fixed[CODES].astype(np.int32)
+
+
+def _sharing(codes_VQ: np.ndarray) -> np.ndarray:
+    """int64 [V + 1]: how many items have the tuple of each item; 1 for padding."""
+    _, inverse, counts = np.unique(codes_VQ[1:], axis=0, return_inverse=True, return_counts=True)
+    return np.concatenate([[1], counts[inverse.reshape(-1)]])
 
 
 @functools.partial(jax.jit, static_argnames=("tables", "task"))
@@ -137,7 +148,7 @@ class _Seen:
 def _rows(per_target: PerTarget, masks, num_items: int, ks, protocols, where: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, mask in masks.items():
-        cells = {"nats": metrics.mean_and_stderr(per_target["nats"][mask])}
+        cells = {kind: metrics.mean_and_stderr(per_target[kind][mask]) for kind in ("nats", "tuple_nats")}
         for protocol in protocols:
             places_of = {k: per_target[metrics.column(k, protocol)][mask] for k in ("rank", "bucket", "tuple_rank")}
             found = {"found": (places_of["rank"] <= num_items).astype(np.float64)}
@@ -156,10 +167,7 @@ def generated_metrics(rank: np.ndarray, bucket: np.ndarray, tuple_rank: np.ndarr
     """
     found: dict[str, np.ndarray] = {}
     for k in ks:
-        found[f"hr@{k}"] = np.clip((k - rank + 1) / bucket, 0.0, 1.0)
-        gains = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(1, k + 1) + 1.0))])
-        first, last = (np.clip(edge, 0, k) for edge in (rank - 1, rank + bucket - 1))
-        found[f"ndcg@{k}"] = (gains[last] - gains[first]) / bucket
+        found |= {f"{name}@{k}": shared(rank, bucket, k) for name, shared in metrics.SHARED_METRICS.items()}
         found[f"hr_optimistic@{k}"] = metrics.hit_rate(rank, k)
         found[f"hr_pessimistic@{k}"] = metrics.hit_rate(rank + bucket - 1, k)
         found[f"tuple_hr@{k}"] = metrics.hit_rate(tuple_rank, k)

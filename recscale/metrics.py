@@ -29,6 +29,22 @@ def ndcg(rank: np.ndarray, k: int) -> np.ndarray:
     return np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
 
 
+def shared_hit_rate(rank: np.ndarray, bucket: np.ndarray, k: int) -> np.ndarray:
+    """Chance that the target is among the first k, float64 [n]: its rank is any of rank .. rank + bucket - 1 alike.
+
+    rank, bucket: int [n]; for items that share a place in the ranking. bucket = 1: `hit_rate`.
+    """
+    return np.clip((k - _checked(rank) + 1) / bucket, 0.0, 1.0)
+
+
+def shared_ndcg(rank: np.ndarray, bucket: np.ndarray, k: int) -> np.ndarray:
+    """Expected NDCG of the same target, float64 [n]. bucket = 1: `ndcg`."""
+    gains = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(1, k + 1) + 1.0))])
+    _checked(rank)
+    first, last = (np.clip(edge, 0, k) for edge in (rank - 1, rank + bucket - 1))
+    return (gains[last] - gains[first]) / bucket
+
+
 def reciprocal_rank(rank: np.ndarray) -> np.ndarray:
     """1 / rank, without a cap. rank: int [n]. Returns float64 [n]."""
     return 1.0 / _checked(rank)
@@ -125,6 +141,9 @@ def ndcg_ratio_of_means(hits: np.ndarray, num_targets: np.ndarray, k: int) -> tu
 
 METRICS: Mapping[str, Callable[..., np.ndarray]] = {"hr": hit_rate, "ndcg": ndcg, "mrr": reciprocal_rank}
 """One target per query: name -> f(rank, k), or f(rank) for mrr. Recall of a single target is `hr`."""
+
+SHARED_METRICS: Mapping[str, Callable[..., np.ndarray]] = {"hr": shared_hit_rate, "ndcg": shared_ndcg}
+"""The same where items share a place: name -> f(rank, bucket, k)."""
 
 SET_METRICS: Mapping[str, Callable[..., np.ndarray]] = {
     "ndcg_mean_of_ratios": ndcg_mean_of_ratios,

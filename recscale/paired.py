@@ -4,6 +4,9 @@ Users are drawn with replacement and keep all their rows; both runs get the same
 no metric sorts anything twice. The difference is that of the second run minus the first. Where a file has no `user`
 (runs that only predict items), the examples of the view are drawn: each is one user in most splits.
 
+A run that generates semantic ids (arrays `rank` and `bucket`) is compared item-level, as it is evaluated: the items of
+a tuple share its places. It has no `mrr`, for its beam ends.
+
 Rows that repeat the one before (data/requests.py) are left out, as recscale.evaluate_feedback does.
 
     python -m recscale.paired RUN_A RUN_B [--split=test] [--resamples=1000] [--seed=0] [--ks 10] [--common]
@@ -198,13 +201,9 @@ def _of_items(run: Mapping[str, np.ndarray], user: np.ndarray, users: int, ks: S
     if "nats" in run:
         found["nats"] = mean_over_users(run["nats"], user, users)
     for protocol, suffix in metrics.PROTOCOLS.items():
-        rank, hits = (run.get(metrics.column(kind, protocol)) for kind in ("rank", "hits"))
-        if rank is not None:
-            found[f"mrr{suffix}"] = mean_over_users(metrics.reciprocal_rank(rank), user, users)
-            for k in ks:
-                for name in ("hr", "ndcg"):
-                    values = metrics.METRICS[name](rank, k)
-                    found[f"{name}@{k}{suffix}"] = mean_over_users(values, user, users)
+        for name, values in _of_ranks(run, protocol, ks).items():
+            found[name + suffix] = mean_over_users(values, user, users)
+        hits = run.get(metrics.column("hits", protocol))
         if hits is not None:
             count = run["num_targets"]
             for k in ks:
@@ -213,6 +212,17 @@ def _of_items(run: Mapping[str, np.ndarray], user: np.ndarray, users: int, ks: S
                 for name, function in metrics.SET_METRICS.items():
                     found[f"{name}@{k}{suffix}"] = mean_over_users(function(hits, count, k), user, users)
     return found
+
+
+def _of_ranks(run: Mapping[str, np.ndarray], protocol: str, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Metric -> value of each target, by its rank or, where it shares its place, by the ranks of all who do."""
+    rank, bucket = (run.get(metrics.column(kind, protocol)) for kind in ("rank", "bucket"))
+    if rank is None:
+        return {}
+    if bucket is not None:
+        return {f"{name}@{k}": shared(rank, bucket, k) for k in ks for name, shared in metrics.SHARED_METRICS.items()}
+    found = {f"{name}@{k}": metrics.METRICS[name](rank, k) for k in ks for name in ("hr", "ndcg")}
+    return {"mrr": metrics.reciprocal_rank(rank)} | found
 
 
 def _is_label(name: str) -> bool:

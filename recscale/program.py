@@ -11,7 +11,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from recscale import optim
+from recscale import metrics, optim
 from recscale.layers.embedding import RowRule
 from recscale.layers.kinds import Table
 from recscale.layers.tables import Tables
@@ -84,7 +84,7 @@ def program(
     model_config = model.Config(**config.model, base=_base_shape(config))
     shape = {key: t[key] for key in ("kind", "rows", "parts", "inner", "combine", "dtype")}
     specs = task.tables(model_config, shape)
-    small = {"dim": model_config.embed_dim, "stddev": task.feature_stddev}
+    small = {"dim": model_config.embed_dim, "stddev": task.feature_deviation(model_config)}
     specs |= {name: Table(cardinalities[name] - 1, **small) for name in task.features}
     prefix = getattr(model_config, "prefix", 0)
     if prefix != task.prefix and not task.generates:
@@ -166,6 +166,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ("table.optimizer", config.table.optimizer, optim.TABLE_OPTIMIZERS),
         ("optim.parametrisation", config.optim.parametrisation, optim.PARAMETRISATIONS),
         ("mesh.remat", config.mesh.remat, REMAT),
+        *(("eval.protocols", name, metrics.PROTOCOLS) for name in config.eval.protocols),
     )
     for key, value, allowed in choices:
         if value not in allowed:

@@ -112,6 +112,19 @@ def semantic_ids(run: Program, log: EventLog) -> catalogue.Codes:
     return found
 
 
+def check_semantic_ids(run: Run, state: dict[str, Any]) -> None:
+    """Raise ValueError where a state was trained with other semantic ids than those now in the folder of the config."""
+    stored = state["tables"][CODES]
+    placed = place_same(run.tables.sharding(CODES), run.tables.arrays[CODES].place(run.fixed[CODES]))
+    everywhere = NamedSharding(run.mesh, REPLICATED)
+    differ = int(jax.jit(lambda a, b: (a != b).any(axis=1).sum(), out_shardings=everywhere)(stored, placed))
+    if differ:
+        raise ValueError(
+            f"{run.config.table.codes}: the codes of {differ:,} of {run.log.num_items:,} items are not those that this "
+            "run was trained with: put those back, or train again"
+        )
+
+
 def costs(run: Run, steps: int) -> dict[str, Any]:
     """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding)."""
     c, dim = run.config, run.model_config.embed_dim
@@ -171,7 +184,7 @@ def seen(run: Run, steps: int) -> dict[str, Any]:
     view = run.views["train"]
     return {
         "epochs": epochs,
-        "examples": epochs * len(view),
+        "examples": epochs * len(run.loader.lengths),
         "events": epochs * run.loader.real_tokens,
         "events_per_epoch": run.loader.real_tokens,
         "targets_per_epoch": run.loader.num_targets,

@@ -92,6 +92,7 @@ def test_a_beam_as_wide_as_the_catalogue_ranks_as_scoring_every_item_does(run, s
             assert values[f"tuple_hr@{k}{suffix}"] == pytest.approx(np.mean(tuple_rank <= k))
             assert values[f"hr_optimistic@{k}{suffix}"] == pytest.approx(np.mean(rank <= k))
             assert values[f"hr_pessimistic@{k}{suffix}"] == pytest.approx(np.mean(rank + bucket - 1 <= k))
+    assert values["nats"] - values["tuple_nats"] == pytest.approx(np.log(expected["full"][:, 1]).mean())
     assert values["found"] == 1.0 and rows[0]["step"] == 7 and rows[0]["n"] == len(view)
 
 
@@ -133,6 +134,12 @@ def test_a_diverged_state_is_named(run, state):
     broken = state | {"model": jax.tree.map(lambda x: x * np.nan, state["model"])}
     with pytest.raises(NonFiniteScore, match="40 of 40 targets have a probability that is NaN or zero"):
         evaluate_generated(run, broken, run.views["test"])
+
+
+def test_codes_made_anew_after_training_are_not_evaluated_with(run, world, state, tmp_path):
+    again = build(tiny_tiger(world[0], make_codes(world[0], tmp_path / "codes", seed=1)))
+    with pytest.raises(ValueError, match=r"codes: the codes of \d+ of 63 items are not those that this run"):
+        evaluate_generated(again, state, run.views["test"])
 
 
 def test_items_of_a_tuple_share_its_places():

@@ -79,6 +79,7 @@ LIBRARY = {
         "recscale.mesh",
     ),
     "recscale.program": (
+        "recscale.metrics",
         "recscale.models",
         "recscale.tasks",
         "recscale.layers",

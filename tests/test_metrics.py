@@ -23,6 +23,17 @@ def test_rank_metrics_equal_plain_loops(k: int):
     np.testing.assert_allclose(metrics.reciprocal_rank(ranks), [1 / r for r in ranks], rtol=1e-14)
 
 
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_items_that_share_a_place_get_the_mean_over_its_ranks(k: int):
+    rng = np.random.default_rng(1)
+    ranks, buckets = rng.integers(1, 15, 200), rng.integers(1, 6, 200)
+    places = [np.arange(r, r + b) for r, b in zip(ranks, buckets, strict=True)]
+    for name, shared in metrics.SHARED_METRICS.items():
+        plain = metrics.METRICS[name]
+        np.testing.assert_allclose(shared(ranks, buckets, k), [plain(each, k).mean() for each in places], rtol=1e-12)
+        np.testing.assert_allclose(shared(ranks, np.ones(200, int), k), plain(ranks, k), rtol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [np.array([1, 0]), np.array([1.0, 2.0])])
 def test_what_is_not_a_rank_is_refused(bad: np.ndarray):
     with pytest.raises(ValueError, match="ranks are integers from 1"):

@@ -47,6 +47,17 @@ def test_weighted_users_are_users_written_down_that_often():
             assert value == pytest.approx(again[name].cell()[0], rel=1e-9), name
 
 
+def test_items_that_share_a_tuple_are_not_all_hit():
+    """Three items on rank 1, the target one of them; against a run that ranks it third."""
+    run = {"example": np.arange(4), "row": np.arange(4), "nats": np.ones(4), "rank": np.array([1, 1, 3, 9])}
+    generated = run | {"rank": np.ones(4, int), "bucket": np.array([3, 3, 3, 1]), "tuple_rank": np.ones(4, int)}
+    a, b = (paired.statistics_of(each, np.arange(4), 4, (1, 2)) for each in (run, generated))
+    assert [a["hr@1"].cell()[0], b["hr@1"].cell()[0]] == pytest.approx([0.5, 0.5])
+    assert b["hr@2"].cell()[0] == pytest.approx((3 * 2 / 3 + 1) / 4)
+    assert b["ndcg@2"].cell()[0] == pytest.approx((1 + 1 / np.log2(3) + 1) / 4)
+    assert {row.metric for row in paired.compare(a, b, 4, 10)} == {"nats", "hr@1", "hr@2", "ndcg@1", "ndcg@2"}
+
+
 def test_draws_of_concordance_spread_like_those_of_auc():
     run = make_run(n=3000, users=300)
     data = m.scored(run["label/is_click"], run["score/is_click"], run["request"], run["user"])

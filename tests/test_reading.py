@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from configs import argus_kuairand
 from recscale import reading
+from recscale.data.codes import item_counts
 from recscale.data.event_log import Column, EventLog
 from recscale.program import task_of
 
@@ -77,6 +78,15 @@ def test_settings_that_fit_are_read(task_name, changes):
     assert reading.cardinalities(made, log()) == {"like": 3}
     loader = reading.train_loader(made, task_of(made, EVENTS), log(), reading.views(made, log())["train"])
     assert loader[0]["label_like"].max() == 1.0
+
+
+@pytest.mark.parametrize(("window", "examples"), [("last", 2), ("all", 4), ("prefixes", 6)])
+def test_examples_cut_anew_for_training_count_no_event_twice(window, examples):
+    """Two users with three training targets each, at most two inputs an example."""
+    made = config(loader__window=window, loader__length=2)
+    view = reading.views(made, log())["train"]
+    assert len(reading.train_loader(made, task_of(made, EVENTS), log(), view).lengths) == examples
+    np.testing.assert_array_equal(item_counts(log(), view), [0, *[1, 1, 1, 1, 0, 0] * 2])
 
 
 @pytest.mark.parametrize(

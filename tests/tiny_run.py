@@ -36,6 +36,10 @@ def tiny(model: str, log: Path, **changes: object) -> ConfigDict:
         {"epochs": 1.0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": "", "patience": 0}
     )
     config.eval.update({"final": ("test",), "protocols": ("full",), "ks": (10,), "chunk": 64, "block": 64, "top_k": 0})
+    return _changed(config, changes)
+
+
+def _changed(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
@@ -69,10 +73,4 @@ def tiny_tiger(log: Path, codes: Path, **changes: object) -> ConfigDict:
     config.optim.warmup = 3
     config.train.update({"epochs": 0.2, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": ""})
     config.eval.update({"final": ("test",), "batch_size": 64, "ks": (1, 5), "top_k": 64})
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        if name:
-            config[section][name] = value
-        else:
-            config[section] = value
-    return config.lock()
+    return _changed(config, changes)

@@ -86,7 +86,7 @@ def encoder_decoder(data: str, ids: str) -> ConfigDict:
 def sasrec(data: str) -> ConfigDict:
     """configs/sasrec_beauty.py, judged with repeats allowed too, as the generative models are."""
     config = sasrec_beauty.get_config().unlock()
-    config.data.path = str(LOGS[data])
+    config.data.path, config.split.validation_users = str(LOGS[data]), 2048
     config.eval.ks = KS
     return config.lock()
 

@@ -1,7 +1,8 @@
 """Codes for a catalogue: python -m recscale.semantic_ids.make --config=configs/rqvae_beauty.py --out=codes/beauty-rqvae
 
 Content of the log's items -> vectors -> a quantizer -> a policy for collisions -> the folder of codes (catalogue.py),
-and make.json beside it: config, versions, seconds, parameters, the history of the fit and the diagnostics.
+and make.json beside it: config, versions, seconds, parameters, the history of the fit and the diagnostics. Behaviour
+vectors (config.behaviour) join the content, or align an RQ-VAE, or stand alone where content.encoder is "".
 """
 
 import json
@@ -24,6 +25,13 @@ from recscale.semantic_ids.fit import Fit, fit_product, fit_rqkmeans, fit_rqvae,
 from recscale.semantic_ids.rqvae_training import Training
 
 USES = ("align", "join")
+KEYS = {
+    "data": ("path",),
+    "content": ("encoder", "settings"),
+    "behaviour": ("source", "use", "weight"),
+    "collisions": ("policy", "maximum", "epsilon", "iterations", "rounds"),
+}
+"""Keys of the sections; model and fit are checked by what they are passed to."""
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -103,6 +111,7 @@ def _check(config: ConfigDict, out: Path, replace: bool) -> None:
     """What can be said before anything is read or fitted."""
     if config.method not in METHODS:
         raise ValueError(f"method = {config.method!r}: expected one of {tuple(METHODS)}")
+    _check_keys(config)
     if config.collisions.policy not in collisions.POLICIES:
         raise ValueError(
             f"collisions.policy = {config.collisions.policy!r}: expected one of {tuple(collisions.POLICIES)}"
@@ -113,13 +122,42 @@ def _check(config: ConfigDict, out: Path, replace: bool) -> None:
         raise ValueError(f"behaviour.use = 'align': method {config.method!r} has no alignment; use 'join' or 'rqvae'")
     if config.collisions.policy == "sinkhorn" and config.method == "random":
         raise ValueError("collisions.policy = 'sinkhorn': random codes have no distances; use 'digit' or 'none'")
+    if not config.content.encoder and config.method != "random" and not _behaviour_alone(config):
+        raise ValueError(
+            "content.encoder = '' with nothing to quantise: name an encoder, or behaviour.source with behaviour.use = "
+            "'join' for behaviour vectors alone"
+        )
     if (out / "meta.json").exists() and not replace:
         raise ValueError(f"{out}: holds codes already; runs may depend on them: choose another folder or --replace")
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{out}: {there} is no folder that can be written to: choose another --out")
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """The keys of this method, no more and no less."""
+    trained = {"inputs", "fit"} if config.method == "rqvae" else set()
+    wrong = set(config) ^ ({"seed", "method", "model", *KEYS} | trained)
+    sections = KEYS | ({"model": ("levels", "codebook", "unique")} if config.method == "random" else {})
+    for name in set(sections) & set(config):
+        wrong |= {f"{name}.{key}" for key in set(config[name]) ^ set(sections[name])}
+    if wrong:
+        raise ValueError(f"config: {sorted(wrong)} are missing or unknown for method {config.method!r}")
+
+
+def _behaviour_alone(config: ConfigDict) -> bool:
+    return not config.content.encoder and bool(config.behaviour.source) and config.behaviour.use == "join"
 
 
 def _vectors(config: ConfigDict, log: EventLog) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-    """What is quantised [V + 1, D], behaviour vectors [V + 1, E] or None, and facts of both."""
-    encoded = content.encode(log, config.content.encoder, **config.content.settings)
+    """What is quantised [V + 1, D], behaviour vectors [V + 1, E] or None, and facts of both.
+
+    Without an encoder the behaviour vectors alone, or vectors of width 0 for random codes.
+    """
+    if config.content.encoder:
+        encoded = content.encode(log, config.content.encoder, **config.content.settings)
+    else:
+        encoded = content.Content(np.zeros((log.num_items + 1, 0), np.float32), {"encoder": ""})
     if not config.behaviour.source:
         return encoded.vectors_VD, None, encoded.facts
     source = Path(config.behaviour.source)
@@ -128,6 +166,8 @@ def _vectors(config: ConfigDict, log: EventLog) -> tuple[np.ndarray, np.ndarray 
     facts = {**encoded.facts, "behaviour": config.behaviour.to_dict()}
     if config.behaviour.use == "align":
         return encoded.vectors_VD, known_VE, facts
+    if _behaviour_alone(config):
+        return known_VE, known_VE, facts
     return behaviour.joined(encoded.vectors_VD, known_VE, weight=config.behaviour.weight), known_VE, facts
 
 
@@ -148,7 +188,7 @@ def _described(fit: Fit, resolved: collisions.Resolved, vectors_VD: np.ndarray) 
     found = diagnostics.describe(
         resolved.codes_VQ,
         resolved.sizes,
-        vectors_VD=vectors_VD,
+        vectors_VD=vectors_VD if vectors_VD.shape[1] else None,
         reconstruction_VD=None if moved else decoded,
         learned=learned,
     )

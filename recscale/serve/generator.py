@@ -22,7 +22,7 @@ from recscale.layers.beam import Beams, beam_search, ranked_items
 from recscale.layers.code_sampling import sample
 from recscale.layers.trie import Trie, build, leaf_of
 from recscale.mesh import REPLICATED, place_same
-from recscale.run import Run
+from recscale.run import Run, check_semantic_ids
 from recscale.serve.history import BadRequest, Reader, padded, users_of
 from recscale.serve.trained import trained
 from recscale.tasks.semantic_id import CODES
@@ -37,6 +37,7 @@ class Generator:
         """state: a train state of the run (its optimizer is not used). width: of the beam."""
         if not run.task.generates:
             raise BadRequest("this run scores items: use recscale.serve.recommender.Recommender")
+        check_semantic_ids(run, dict(state))
         self.run, self.width = run, width
         self.arrays = tuple(state[name] for name in ("model", "tables", "mixers"))
         self.trie = build(run.fixed[CODES].astype(np.int32))

@@ -95,7 +95,6 @@ class Task:
     inside = ""  # where in the trained network the encoder is
     heads: tuple[Any, ...] = ()  # feedback that is predicted too; see tasks/feedback.py
     ranks_catalogue = True
-    feature_stddev = 0.02  # of the vectors of features at the start
     generates = False  # whether an item is generated code by code instead; see tasks/semantic_id.py
 
     def __init__(
@@ -134,6 +133,11 @@ class Task:
     def columns(self) -> dict[str, tuple[str, ...]]:
         """What a loader has to read: its arguments inputs, queries and labels."""
         return {"inputs": self.input_features, "queries": self.query_features, "labels": ()}
+
+    def feature_deviation(self, model_config: Any) -> float:
+        """Standard deviation of the vectors of features at the start."""
+        del model_config
+        return 0.02
 
     def join(self, model: Any, dim: int, key: jax.Array) -> Any:
         """The trained network of this task around an encoder; next item adds nothing to it."""

@@ -40,7 +40,6 @@ class Task(next_item.Task):
 
     catalogue = CODES
     generates = True
-    feature_stddev = 1.0  # a user token begins like the other tokens of a T5
     ranks_catalogue = False
     needs_frequency = False
     needs_catalogue = False
@@ -66,6 +65,10 @@ class Task(next_item.Task):
         if shape["kind"] != "full":
             raise ValueError(f"table.kind = {shape['kind']!r}: task 'semantic_id' has no item vectors; expected 'full'")
         return {CODES: Table(self.num_items, model_config.levels, fixed=True)}
+
+    def feature_deviation(self, model_config: Any) -> float:
+        """A user token begins like the tokens of codes."""
+        return model_config.deviation(1.0)
 
     def head_flops(self, dim: int) -> float:
         """Counted by the model, whose logits are over the codes of a level."""

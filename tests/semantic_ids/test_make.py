@@ -103,12 +103,36 @@ def changed(log: Path, section: str, **values: object) -> ConfigDict:
         ("data", {"path": "nowhere"}, "nowhere: no event log here"),
         ("model", {"codebook": 64}, "distinct for 64 codes a level: use model.codebook = "),
         ("content", {"encoder": "bag"}, "encoder 'bag'"),
+        ("content", {"encoder": ""}, "content.encoder = '' with nothing to quantise"),
+        ("", {"fit": {"steps": 3}}, r"config: \['fit'\] are missing or unknown for method 'rqkmeans'"),
+        ("collisions", {"polcy": "none"}, r"\['collisions.polcy'\] are missing or unknown"),
+        ("", {"method": "random"}, "'model.iterations'.*'model.unique'.* for method 'random'"),
+        ("", {"method": "rqvae"}, r"\['fit', 'inputs'\] are missing or unknown for method 'rqvae'"),
     ],
 )
 def test_what_cannot_be_made_is_refused_and_nothing_is_written(section, values, words, log: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=words) as error:
         make(changed(log, section, **values), tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_fit(log: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no folder that can be written to"):
+        make(changed(log, "data", path="nowhere"), tmp_path / "file" / "codes")
+
+
+def test_behaviour_alone_and_random_codes_need_no_text(tmp_path: Path):
+    events = {"item_id": np.arange(1, ITEMS + 1, dtype=np.int32)}
+    write(EventLog(np.array([0, ITEMS]), events, {"item_id": Column("id")}, ITEMS), tmp_path / "log")
+    np.save(tmp_path / "known.npy", np.random.default_rng(0).normal(size=(ITEMS, 3)).astype(np.float32))
+    c = changed(tmp_path / "log", "content", encoder="").unlock()
+    c.behaviour.source = str(tmp_path / "known.npy")
+    facts = make(c.lock(), tmp_path / "known")["facts"]
+    assert facts["content"]["encoder"] == "" and facts["diagnostics"]["neighbours"]["recall"] > 0.3
+    c = changed(tmp_path / "log", "content", encoder="").unlock()
+    c.method, c.model = "random", ConfigDict({"levels": 2, "codebook": 8, "unique": True})
+    assert "neighbours" not in make(c.lock(), tmp_path / "random")["facts"]["diagnostics"]
 
 
 def test_codes_that_are_there_are_kept_unless_told_otherwise(log: Path, tmp_path: Path):

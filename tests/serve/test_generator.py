@@ -37,7 +37,7 @@ def test_the_place_of_a_target_is_that_of_evaluation(generator):
     targets = items[view.target_start]
     place = 1 + (ids == targets[:, None]).argmax(axis=1)
     assert ((found["rank"] <= place) & (place < found["rank"] + found["bucket"])).all()
-    np.testing.assert_allclose(scores[np.arange(len(ids)), place - 1], -found["nats"], rtol=1e-5)
+    np.testing.assert_allclose(scores[np.arange(len(ids)), place - 1], -found["tuple_nats"], rtol=1e-5)
 
     ids, scores = generator.recommend(histories[3], 5, users=int(view.user[3]))
     assert ids.shape == (5,) and not set(ids) & set(histories[3]) and np.isfinite(scores).all()
