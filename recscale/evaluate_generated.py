@@ -7,8 +7,8 @@ place: of a tuple with b items, first among them the rank r, each item has the r
   items of its tuple, `hr_pessimistic@10` last: the width between them is what collisions leave open.
 * `tuple_hr@10`, `tuple_ndcg@10`: tuple-level; a hit is the tuple, whoever shares it. Not comparable with item-level.
 * `.../unseen`: without the items of the user's earlier events, the target excepted, inside the search.
-* `nats`: -log p(item), the probability of the tuple shared by its items alike; `tuple_nats`: -log p(tuple). Both are among
-  all tuples of codes, existing or not. `found`: targets that are in the beam at all.
+* `nats`: -log p(item), the probability of the tuple shared by its items alike; `tuple_nats`: -log p(tuple). Both among all
+  tuples of codes, existing or not. `found`: targets that are in the beam at all.
 """
 
 import functools
@@ -47,10 +47,10 @@ def evaluate_generated(
 
     rows: {step, split, slice, metric, value, stderr, n} as recscale.evaluate gives them. per_target, in order of
     (example, row of the log): `example`, `row`, `nats`, `tuple_nats`, and for each protocol of eval.protocols `rank`,
-    `bucket` and `tuple_rank` (or rank_unseen, ...): rank is that of the first item of the target's tuple, bucket how many
-    share it, and all are one more than the catalogue's items where the beam does not hold it. slices: per_target -> masks.
-    poll: called at every batch; may raise. Raises NonFiniteScore where the state diverged, ValueError where it was trained
-    with other codes than those that are in the folder now.
+    `bucket` and `tuple_rank` (or rank_unseen, ...): rank is that of the first item of the target's tuple, bucket how
+    many share it, and all are one more than the catalogue's items where the beam does not hold it. slices: per_target
+    -> masks. poll: called at every batch; may raise. Raises NonFiniteScore where the state diverged, ValueError where
+    it was trained with other codes than those that are in the folder now.
     """
     c = run.config.eval
     check_semantic_ids(run, state)
