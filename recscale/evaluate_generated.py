@@ -7,7 +7,7 @@ place: of a tuple with b items, first among them the rank r, each item has the r
   items of its tuple, `hr_pessimistic@10` last: the width between them is what collisions leave open.
 * `tuple_hr@10`, `tuple_ndcg@10`: tuple-level; a hit is the tuple, whoever shares it. Not comparable with item-level.
 * `.../unseen`: without the items of the user's earlier events, the target excepted, inside the search.
-* `nats`: -log p(item), the probability of the tuple shared by its items alike; `tuple_nats`: -log p(tuple). Both among all
+* `nats`: -log p(item), the tuple's probability shared by its items alike; `tuple_nats`: -log p(tuple). Both among all
   tuples of codes, existing or not. `found`: targets that are in the beam at all.
 """
 
