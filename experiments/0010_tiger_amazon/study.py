@@ -36,8 +36,8 @@ PUBLIC = (
     "coll_rqvae_zcr",
 )
 VECTORS = "amazon2014/beauty_cf_emb32.npy"  # of items, by a SASRec: the "proprietary" content
-DECODER = {"embed_dim": 64, "depth": 2, "heads": 4, "head_dim": 16, "ffn": 256}
-ENCODER_DECODER = {"embed_dim": 64, "depth": 2, "heads": 4, "head_dim": 16, "ffn": 256}
+SMALL = {"embed_dim": 64, "depth": 2, "heads": 4, "head_dim": 16, "ffn": 256}
+LARGE = {"embed_dim": 128, "depth": 2, "heads": 4, "head_dim": 32, "ffn": 512}
 
 
 def data_folder() -> Path | None:
@@ -64,22 +64,22 @@ def base(data: str, ids: str) -> ConfigDict:
     return config.lock()
 
 
-def decoder(data: str, ids: str) -> ConfigDict:
+def decoder(data: str, ids: str, size: dict[str, int], epochs: float) -> ConfigDict:
     """The decoder-only model: every event of a user's history is a target, in one pass."""
     config = base(data, ids).unlock()
     config.model_name = "tiger_decoder"
-    config.model.update(DECODER)
-    config.loader.update({"batch_size": 64, "window": "all", "row_length": 20, "segments": 0, "inputs": ()})
-    config.train.update({"epochs": 40.0, "eval_every": 480, "checkpoint_every": 240, "select": "ndcg@10 max"})
+    config.model.update(size)
+    config.loader.update({"batch_size": 16, "window": "all", "row_length": 20, "segments": 0, "inputs": ()})
+    config.train.update({"epochs": epochs, "eval_every": 2400, "checkpoint_every": 600, "select": "ndcg@10 max"})
     return config.lock()
 
 
 def encoder_decoder(data: str, ids: str) -> ConfigDict:
     """TIGER, small enough for a CPU: one example per target, packed."""
     config = base(data, ids).unlock()
-    config.model.update(ENCODER_DECODER)
-    config.loader.update({"batch_size": 64, "row_length": 20, "segments": 6, "inputs": ()})
-    config.train.update({"epochs": 20.0, "eval_every": 1600, "checkpoint_every": 400, "select": "ndcg@10 max"})
+    config.model.update(SMALL)
+    config.loader.update({"batch_size": 16, "row_length": 20, "segments": 6, "inputs": ()})
+    config.train.update({"epochs": 8.0, "eval_every": 3000, "checkpoint_every": 1000, "select": "ndcg@10 max"})
     return config.lock()
 
 
@@ -97,11 +97,12 @@ def _configs() -> dict[str, ConfigDict]:
     for seed in SEEDS:
         for data in LOGS:
             ids = OURS if data == "beauty" else OURS[:3]
-            found = {f"{name}-decoder": decoder(data, name) for name in ids}
+            found = {f"{name}-decoder": decoder(data, name, SMALL, 20.0) for name in ids}
             found |= {"sasrec": sasrec(data)}
             if data == "beauty":
+                found |= {f"{name}-large": decoder(data, name, LARGE, 30.0) for name in ("rqvae", "rqkmeans_cf")}
                 found |= {"rqvae-tiger": encoder_decoder(data, "rqvae")}
-                found |= {f"{name}-decoder": decoder(data, name) for name in PUBLIC} if seed == 0 else {}
+                found |= {f"{name}-decoder": decoder(data, name, SMALL, 20.0) for name in PUBLIC} if seed == 0 else {}
             for name, config in found.items():
                 made[f"{data}-{name}-s{seed}"] = axes.cell(config, NAME, f"{data}-{name}", (), seed)
     return made
