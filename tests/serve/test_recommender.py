@@ -289,3 +289,12 @@ def test_what_else_is_wrong_is_said(log):
     columns["tab"] = [1, 2]
     with pytest.raises(BadRequest, match="request: 'tab' is missing"):
         ranker.rank([1, 2], [3], **TIMES, columns=columns)
+
+
+def test_a_model_without_keys_and_values_is_not_served(log):
+    config = next_item("sasrec", log).unlock()
+    sizes = {"embed_dim": 8, "width": 8, "depth": 1, "half_lives": (2.0,), "max_length": LENGTH, "dropout": 0.0}
+    config.model_name, config.model = "dlrm", ConfigDict(sizes | {"dtype": "float32"})
+    run = build(config.lock())
+    with pytest.raises(BadRequest, match="model_name = 'dlrm' keeps no keys and values"):
+        Recommender(run, init_state(run))
