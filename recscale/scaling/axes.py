@@ -138,21 +138,18 @@ AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
     "table": {"rows": table_rows, "dim": table_dim, "kind": table_kind},
     "data": {"users": data_users, "events": data_events},
     "context": {"history": context_history, "features": context_features},
-    "encoder": {
-        "width": encoder_width,
-        "depth": encoder_depth,
-        "size": encoder_size,
-        "generative_width": semantic_id_width,
-    },
-    "semantic_id": {"codes": semantic_id_codes},
+    "encoder": {"width": encoder_width, "depth": encoder_depth, "size": encoder_size},
 }
+SEMANTIC_ID: dict[str, Callable[..., ConfigDict]] = {"codes": semantic_id_codes, "width": semantic_id_width}
+"""A fifth axis, "semantic_id", of models that generate: codes of the items in place of an item table."""
 
 
 def cell(config: ConfigDict, study: str, name: str, axes: Sequence[str], seed: int = 0) -> ConfigDict:
     """The config as a named cell of a study that belongs to `axes`; raises ValueError for an unknown axis."""
-    unknown = set(axes) - set(AXES)
+    known = (*AXES, "semantic_id")
+    unknown = set(axes) - set(known)
     if unknown:
-        raise ValueError(f"cell {name!r}: unknown axes {sorted(unknown)}, expected some of {tuple(AXES)}")
+        raise ValueError(f"cell {name!r}: unknown axes {sorted(unknown)}, expected some of {known}")
     config = config.copy_and_resolve_references()
     config.study, config.seed = study, seed
     config.cell.name, config.cell.axes = name, tuple(axes)

@@ -68,8 +68,8 @@ class Recommender:
         encoder = answers.encoder_of(self.model, run.task)
         if not hasattr(encoder, "stages"):
             raise BadRequest(
-                f"model_name = {run.config.model_name!r} keeps no keys and values of a history: such a run is evaluated, "
-                "not served"
+                f"model_name = {run.config.model_name!r} keeps no keys and values of a history: such a run is "
+                "evaluated, not served"
             )
         self.keeps = not getattr(encoder, "rewrites_history", False)
         self.prefix = getattr(encoder.config, "prefix", 0)
