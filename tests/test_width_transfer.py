@@ -55,7 +55,7 @@ def hidden_states(run: Program, model: Any, table: jax.Array, batch: dict[str, j
         x = x @ (model.up[...] if isinstance(model.up, nnx.Param) else model.up.kernel[...])
 
     def step(x, layer):
-        x = layer(c, x, batch if name == "hstu" else batch["segment_ids"], None)
+        x = layer(c, x, batch, None)
         return x, x
 
     _, layers = jax.lax.scan(step, x, getattr(model, STACK[name]))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recscale import evaluate, record, run, train, training
+from recscale import evaluate, reading, record, train, training
 from recscale.checkpoint import Checkpoints
 from recscale.events import read_events
 from recscale.goodput import goodput
@@ -72,7 +72,7 @@ MOMENTS = {
     "the save of the best": (Checkpoints, "save", 2, 7),
     "an evaluation": (evaluate, "rank_catalogue", 2, 6),
     "the final evaluation": (training, "collapse", 1, None),
-    "reading the log": (run, "_views", 1, 0),
+    "reading the log": (reading, "views", 1, 0),
     "counting the costs": (training, "costs", 1, 0),
 }
 
