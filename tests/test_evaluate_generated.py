@@ -122,6 +122,7 @@ def test_every_target_of_an_example_is_generated_from_what_is_before_it(world):
     assert {"all", "history_1_4"} & {row["slice"] for row in rows} and {"history_5_9"} & {row["slice"] for row in rows}
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_nothing(world, run, state):
     spread = build(tiny_tiger(*world, mesh__data=4, mesh__model=2))
     _, per_target = evaluate_generated(spread, init_state(spread), spread.views["test"])
