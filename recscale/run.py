@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from recscale import reading
 from recscale.data import codes, pieces, splits
@@ -112,12 +112,17 @@ def semantic_ids(run: Program, log: EventLog) -> catalogue.Codes:
     return found
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def _rows_that_differ(a: jax.Array, b: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """How many rows of two arrays are not equal, on every device."""
+    return jax.lax.with_sharding_constraint((a != b).any(axis=1).sum(), NamedSharding(mesh, REPLICATED))
+
+
 def check_semantic_ids(run: Run, state: dict[str, Any]) -> None:
     """Raise ValueError where a state was trained with other semantic ids than those now in the folder of the config."""
     stored = state["tables"][CODES]
     placed = place_same(run.tables.sharding(CODES), run.tables.arrays[CODES].place(run.fixed[CODES]))
-    everywhere = NamedSharding(run.mesh, REPLICATED)
-    differ = int(jax.jit(lambda a, b: (a != b).any(axis=1).sum(), out_shardings=everywhere)(stored, placed))
+    differ = int(_rows_that_differ(stored, placed, mesh=run.mesh))
     if differ:
         raise ValueError(
             f"{run.config.table.codes}: the codes of {differ:,} of {run.log.num_items:,} items are not those that this "
