@@ -39,6 +39,18 @@ class BrokenCheckpoint(ValueError):
     """A finished checkpoint that cannot be read, or that holds other bytes than were written."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Saves when told to; whether the processes are to stop only preemption.py asks.
+
+    JAX counts the polls that agree on where all stop by the number they are asked with. Orbax asks with the step,
+    preemption.py with its polls, which are more: a notice between the two would name a poll that is past.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of one folder. Use as a context manager: leaving it waits for the writes.
 
@@ -55,7 +67,7 @@ class Checkpoints:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self.folder, self.read_only = path.absolute(), read_only
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self.manager = _Manager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from recscale.checkpoint import BrokenCheckpoint, Checkpoints, digest
@@ -128,6 +129,14 @@ def test_only_the_newest_are_kept_and_none_is_written_twice(tmp_path):
     assert int(found["step"]) == 21 and data == {"next_index": 3}
     saved(tmp_path, 4, 5)  # by another process
     assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_a_save_leaves_the_polls_for_preemption_alone(tmp_path, monkeypatch):
+    """Two who poll with numbers of their own make a notice name a poll that is past; see recscale/preemption.py."""
+    polls = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: bool(polls.append(number)))
+    saved(tmp_path, 1, 2)
+    assert polls == []
 
 
 def test_what_a_killed_write_left_is_ignored_and_removed(tmp_path):
