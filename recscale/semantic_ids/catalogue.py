@@ -2,7 +2,8 @@
 
     codes.parquet       item_id, raw_id (where the log has them), c0 .. of items 1..V
     codebooks.parquet   level, code, vector of the learned levels; absent where the codebooks are unknown
-    meta.json           schema version, sizes, facts, SHA-256 of the two files; written last
+    encoder.npz         arrays that encode further items (encoding.py); absent where nothing can encode them
+    meta.json           schema version, sizes, facts, SHA-256 of the other files; written last
 
 Codes belong to one catalogue: they know the number of its items and a hash of their raw ids, and are refused elsewhere.
 """
@@ -26,7 +27,7 @@ SCHEMA_VERSION = 1
 CATALOGUE = "catalogue"
 """The fact that says whose codes these are: {"num_items", "sha256"}; see `identity`."""
 MAKE = "python -m recscale.semantic_ids.make"
-_CODES, _CODEBOOKS, _META = "codes.parquet", "codebooks.parquet", "meta.json"
+_CODES, _CODEBOOKS, _ENCODER, _META = "codes.parquet", "codebooks.parquet", "encoder.npz", "meta.json"
 
 
 class CodesError(ValueError):
@@ -40,6 +41,7 @@ class Codes:
     codes_VQ: int32 [V + 1, Q], row 0 (padding) zeros. sizes: number of codes of each level; a disambiguation digit is
     a level like the others. facts: plain JSON, with the catalogue's identity under "catalogue". codebooks: float32
     [K, d] of each learned level, the first ones; () where unknown. raw_id: [V + 1] of the log's items/raw_id, or None.
+    encoder: arrays of numbers that encode further items; {} where there are none, or where they were not read.
     Raises CodesError where these do not fit each other.
     """
 
@@ -48,6 +50,7 @@ class Codes:
     facts: Mapping[str, Any]
     codebooks: tuple[np.ndarray, ...] = ()
     raw_id: np.ndarray | None = None
+    encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_codes(self.codes_VQ, self.sizes)
@@ -106,13 +109,14 @@ def of_log(
     sizes: tuple[int, ...],
     facts: Mapping[str, Any],
     codebooks: tuple[np.ndarray, ...] = (),
+    encoder: Mapping[str, np.ndarray] | None = None,
 ) -> Codes:
     """Codes of this log's items: its identity and its dataset's name are added to the facts."""
     if len(codes_VQ) != log.num_items + 1:
         raise CodesError(f"codes: {len(codes_VQ)} rows, expected {log.num_items + 1} (padding first) for {_named(log)}")
     own = {CATALOGUE: identity(log), "dataset": log.facts.get("dataset")}
     raw = np.asarray(log.items["raw_id"]) if "raw_id" in log.items else None
-    return Codes(codes_VQ, sizes, {**facts, **own}, codebooks, raw)
+    return Codes(codes_VQ, sizes, {**facts, **own}, codebooks, raw, encoder or {})
 
 
 def write(codes: Codes, folder: str | Path, *, replace: bool = False) -> None:
@@ -127,6 +131,7 @@ def write(codes: Codes, folder: str | Path, *, replace: bool = False) -> None:
         raise CodesError(f"{folder}: holds codes already; runs may depend on them: remove it or choose another folder")
     files = {_CODES: _codes_table(codes)} | ({_CODEBOOKS: _codebooks_table(codes)} if codes.codebooks else {})
     content = {name: _parquet_bytes(table) for name, table in files.items()}
+    content |= {_ENCODER: _npz_bytes(codes.encoder)} if codes.encoder else {}
     meta = {
         "schema_version": SCHEMA_VERSION,
         "num_items": codes.num_items,
@@ -145,23 +150,25 @@ def write(codes: Codes, folder: str | Path, *, replace: bool = False) -> None:
         _replace(folder / name, data)
 
 
-def read(folder: str | Path, log: EventLog | None = None) -> Codes:
-    """The codes in `folder`; with a log, only those of its catalogue.
+def read(folder: str | Path, log: EventLog | None = None, *, encoder: bool = False) -> Codes:
+    """The codes in `folder`; with a log, only those of its catalogue. encoder: with what encodes further items.
 
     Raises CodesError: no codes there, another schema version, a damaged file, codes of another catalogue.
     """
     folder = Path(folder)
     meta = _read_meta(folder)
-    content = {name: _read_file(folder / name, digest) for name, digest in meta["files"].items()}
+    files = {name: digest for name, digest in meta["files"].items() if encoder or name != _ENCODER}
+    content = {name: _read_file(folder / name, digest) for name, digest in files.items()}
     table = pq.read_table(io.BytesIO(content[_CODES]))
     sizes = tuple(meta["sizes"])
     codes_VQ = np.zeros((table.num_rows + 1, len(sizes)), np.int32)
     for level in range(len(sizes)):
         codes_VQ[1:, level] = table[f"c{level}"].to_numpy()
     books = _read_codebooks(content[_CODEBOOKS]) if _CODEBOOKS in content else ()
+    arrays = _read_npz(content[_ENCODER]) if _ENCODER in content else {}
     raw = _padded(table["raw_id"]) if "raw_id" in table.column_names else None
     try:
-        codes = Codes(codes_VQ, sizes, meta["facts"], books, raw)
+        codes = Codes(codes_VQ, sizes, meta["facts"], books, raw, arrays)
     except CodesError as error:
         raise CodesError(f"{folder}: {error}") from None
     if log is not None:
@@ -219,6 +226,17 @@ def _parquet_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer, named = io.BytesIO(), dict[str, Any](arrays)
+    np.savez(buffer, **named)
+    return buffer.getvalue()
+
+
+def _read_npz(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _replace(path: Path, data: bytes) -> None:

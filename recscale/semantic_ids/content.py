@@ -1,25 +1,22 @@
 """Item content to vectors: text by one of the ENCODERS, float32 [V + 1, D], row 0 (padding) zeros.
 
-The text columns of a log are joined to one text per item. Every distinct text is encoded once, so items with equal
-texts have equal vectors, bit for bit. Items without a word get the mean of the others' vectors: it says nothing of
-them, and unlike zeros it does not pull a codebook away from the rest. `encode` counts both kinds.
+The text columns of a log are joined to one text per item. Every distinct text is encoded once (text_encoders.py), so
+items with equal texts have equal vectors, bit for bit. Items without a word get the mean of the others' vectors: it
+says nothing of them, and unlike zeros it does not pull a codebook away from the rest. `encode` counts both kinds.
 
-`tfidf_svd` needs no model and no network. The others are pretrained: "wordllama" carries its weights in its package,
-"sentence_transformers" and "fastembed" take the name of a model, or its folder.
+What an encoder has learned from a catalogue is kept, so that `encode_again` makes vectors of items that come later in
+the space of the first ones.
 """
 
-import importlib
-import importlib.metadata
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from recscale.data.event_log import EventLog
+from recscale.semantic_ids.text_encoders import ENCODERS, LEARNING, ContentError, defaults, version
 
 COLUMNS = ("title", "keywords", "brand", "attributes", "categories", "genres", "description", "abstract")
 """What says something of an item, in this order, where a log has it: no ids, no links."""
@@ -27,15 +24,24 @@ IGNORED = ("Unknown",)  # S3-Rec's brand of the products without one
 _WORD = re.compile(r"\w")
 
 
-class ContentError(ValueError):
-    """No vectors can be made: one line with what was found, what was expected and what to do."""
-
-
 class Content(NamedTuple):
-    """vectors_VD: float32 [V + 1, D]; facts: encoder, its settings and version, columns, counts, in plain JSON."""
+    """vectors_VD: float32 [V + 1, D]; facts: encoder, its settings and version, columns, counts, in plain JSON.
+
+    kept: what `encode_again` needs beside the facts: "mean" [D], the vector of the items without a word, and what the
+    encoder has learned; {} where nothing was encoded.
+    """
 
     vectors_VD: np.ndarray
     facts: dict[str, Any]
+    kept: dict[str, np.ndarray]
+
+
+class _Distinct(NamedTuple):
+    """Every different text once: those with a word, which of all [n] they are, and the text of each item, [V]."""
+
+    texts: list[str]
+    spoken: np.ndarray
+    index: np.ndarray
 
 
 def vectors(log: EventLog, encoder: str, **settings: Any) -> np.ndarray:
@@ -60,36 +66,77 @@ def encode(
     """
     if encoder not in ENCODERS:
         raise ContentError(f"encoder {encoder!r}: expected one of {', '.join(ENCODERS)}")
-    unknown = sorted(set(settings) - set(_defaults(encoder)))
+    unknown = sorted(set(settings) - set(defaults(encoder)))
     if unknown:
-        known = ", ".join(_defaults(encoder)) or "none"
+        known = ", ".join(defaults(encoder)) or "none"
         raise ContentError(f"encoder {encoder!r}: no setting {', '.join(unknown)}; it has {known}")
     chosen = text_columns(log, columns)
-    texts = item_texts(log, chosen, ignored)
+    distinct = _distinct(log, chosen, ignored)
+    settings = {**defaults(encoder), **settings}
+    learned: dict[str, np.ndarray] = {}
+    if encoder in LEARNING:
+        found, learned = LEARNING[encoder].fit(distinct.texts, **settings)
+    else:
+        found = ENCODERS[encoder](distinct.texts, **settings)
+    vectors_VD, silent = _of_items(found, distinct, encoder)
+    mean = vectors_VD[1:][~silent].mean(axis=0, dtype=np.float64).astype(np.float32)
+    vectors_VD[1:][silent] = mean
+    copies = np.bincount(distinct.index)[distinct.index][~silent]
+    facts = {
+        "encoder": encoder,
+        "settings": settings,
+        "version": version(encoder),
+        "columns": list(chosen),
+        "ignored": list(ignored),
+        "dim": vectors_VD.shape[1],
+        "items_without_text": int(silent.sum()),
+        "items_with_the_text_of_another": int((copies > 1).sum()),
+        "distinct_texts": int(distinct.spoken.sum()),
+    }
+    return Content(vectors_VD, facts, {"mean": mean, **learned})
+
+
+def encode_again(
+    log: EventLog, facts: Mapping[str, Any], kept: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors float32 [V + 1, D] of the items of another log, in the space of the `Content` of these facts.
+
+    Also which items said something, bool [V + 1]: not those without a word, nor those whose words are all unknown (they
+    have zeros, as texts of rare words alone always had). Raises ContentError: no such text columns, a package that is
+    not installed, or that has another version than the vectors were made with.
+    """
+    encoder = facts["encoder"]
+    distinct = _distinct(log, text_columns(log, facts["columns"]), facts["ignored"])
+    if encoder in LEARNING:
+        found = LEARNING[encoder].again(distinct.texts, kept, **facts["settings"])
+    elif version(encoder) != facts["version"]:
+        raise ContentError(
+            f"encoder {encoder!r}: the vectors were made with {facts['version']}, here is {version(encoder)}: install "
+            "that version"
+        )
+    else:
+        found = ENCODERS[encoder](distinct.texts, **facts["settings"])
+    vectors_VD, silent = _of_items(found, distinct, encoder)
+    said = np.asarray(vectors_VD.any(axis=1))
+    vectors_VD[1:][silent] = kept["mean"]
+    return vectors_VD, said
+
+
+def _distinct(log: EventLog, columns: Sequence[str], ignored: Sequence[str]) -> _Distinct:
+    texts = item_texts(log, columns, ignored)
     distinct, index = np.unique(np.array(texts, dtype=object), return_inverse=True)
     spoken = np.array([bool(_WORD.search(text)) for text in distinct])
     if not spoken.any():
-        raise ContentError(f"{_named(log)}: no item has a word in {', '.join(chosen)}; choose other columns")
-    found = ENCODERS[encoder]([str(text) for text in distinct[spoken]], **settings)
-    found = check_vectors(found, int(spoken.sum()), f"encoder {encoder}")
-    rows = np.zeros((len(distinct), found.shape[1]), np.float32)
-    rows[spoken] = found
-    vectors_VD = np.zeros((log.num_items + 1, found.shape[1]), np.float32)
-    vectors_VD[1:] = rows[index]
-    silent = ~spoken[index]
-    vectors_VD[1:][silent] = vectors_VD[1:][~silent].mean(axis=0, dtype=np.float64)
-    copies = np.bincount(index)[index][~silent]
-    facts = {
-        "encoder": encoder,
-        "settings": {**_defaults(encoder), **settings},
-        "version": _version(encoder),
-        "columns": list(chosen),
-        "dim": found.shape[1],
-        "items_without_text": int(silent.sum()),
-        "items_with_the_text_of_another": int((copies > 1).sum()),
-        "distinct_texts": int(spoken.sum()),
-    }
-    return Content(vectors_VD, facts)
+        raise ContentError(f"{_named(log)}: no item has a word in {', '.join(columns)}; choose other columns")
+    return _Distinct([str(text) for text in distinct[spoken]], spoken, index)
+
+
+def _of_items(found: Any, distinct: _Distinct, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of the items [V + 1, D] from those of the texts, zeros for items without a word; which these are [V]."""
+    found = check_vectors(found, len(distinct.texts), f"encoder {encoder}")
+    rows = np.zeros((len(distinct.spoken), found.shape[1]), np.float32)
+    rows[distinct.spoken] = found
+    return np.pad(rows[distinct.index], ((1, 0), (0, 0))), ~distinct.spoken[distinct.index]
 
 
 def text_columns(log: EventLog, columns: Sequence[str] = ()) -> tuple[str, ...]:
@@ -132,103 +179,6 @@ def check_vectors(found: Any, rows: int, name: str) -> np.ndarray:
     if bad.any():
         raise ContentError(f"{name}: {int(bad.sum()):,} rows with NaN or infinite values, first row {np.argmax(bad)}")
     return array
-
-
-def tfidf_svd(texts: list[str], *, dim: int = 256, ngrams: int = 1, min_count: int = 1, seed: int = 0) -> np.ndarray:
-    """TF-IDF of words (1 + log of the count), truncated SVD, rows of length 1: float32 [N, dim], by scikit-learn.
-
-    ngrams: words joined at most; min_count: texts that a word must be in. The same texts, settings and seed, on the
-    same machine: the same bits. A text whose words all are too rare is a zero row. Raises ContentError where dim is not
-    below the number of texts and of words.
-    """
-    text = _package("sklearn.feature_extraction.text", "scikit-learn")
-    decomposition = _package("sklearn.decomposition", "scikit-learn")
-    weights = text.TfidfVectorizer(
-        token_pattern=r"(?u)\w+", sublinear_tf=True, ngram_range=(1, ngrams), min_df=min_count, dtype=np.float64
-    )
-    try:
-        matrix = weights.fit_transform(texts)
-    except ValueError as error:
-        raise ContentError(f"encoder tfidf_svd: {error}; lower min_count = {min_count}") from None
-    if not 1 <= dim < min(matrix.shape):
-        raise ContentError(
-            f"encoder tfidf_svd: dim = {dim}: expected 1..{min(matrix.shape) - 1}, below the {matrix.shape[0]:,} "
-            f"distinct texts and their {matrix.shape[1]:,} words"
-        )
-    reduced = decomposition.TruncatedSVD(dim, n_iter=7, random_state=seed).fit_transform(matrix)
-    length = np.linalg.norm(reduced, axis=1, keepdims=True)
-    return (reduced / np.where(length > 1e-9, length, 1)).astype(np.float32)
-
-
-def wordllama(texts: list[str]) -> np.ndarray:
-    """Means of 256-d vectors of word pieces, rows of length 1; weights and tokenizer of the package.
-
-    The package is under the MIT licence; its vectors were trained from the token embeddings of Llama 2 and other
-    models, so read the licence of Llama 2 before you use them.
-    """
-    package = _package("wordllama", "wordllama")
-    inside = Path(str(package.__file__)).parent  # its own search misses the tokenizer that it carries, and asks the net
-    model = package.WordLlama.load(dim=256, cache_dir=inside, disable_download=True)
-    return np.asarray(model.embed(texts, norm=True), np.float32)
-
-
-def sentence_transformers(
-    texts: list[str],
-    *,
-    model: str = "sentence-transformers/sentence-t5-base",
-    batch_size: int = 64,
-    device: str | None = None,
-) -> np.ndarray:
-    """Sentence vectors of length 1 by a model of sentence-transformers, by name or folder. Needs PyTorch."""
-    package = _package("sentence_transformers", "sentence-transformers")
-    loaded = _loaded(lambda: package.SentenceTransformer(model, device=device), model)
-    return loaded.encode(
-        texts, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-    )
-
-
-def fastembed(texts: list[str], *, model: str = "BAAI/bge-small-en-v1.5", batch_size: int = 256) -> np.ndarray:
-    """Sentence vectors by an ONNX model of fastembed, which fetches it once; no PyTorch."""
-    package = _package("fastembed", "fastembed")
-    loaded = _loaded(lambda: package.TextEmbedding(model_name=model), model)
-    return np.stack(list(loaded.embed(texts, batch_size=batch_size)))
-
-
-ENCODERS: dict[str, Callable[..., np.ndarray]] = {
-    "tfidf_svd": tfidf_svd,
-    "wordllama": wordllama,
-    "sentence_transformers": sentence_transformers,
-    "fastembed": fastembed,
-}
-"""name -> (distinct texts, **settings) -> [texts, D]."""
-_DISTRIBUTIONS = {"tfidf_svd": "scikit-learn", "sentence_transformers": "sentence-transformers"}
-
-
-def _package(module: str, distribution: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ContentError(f"this encoder needs {error.name}: pip install {distribution}") from None
-
-
-def _loaded(load: Callable[[], Any], model: str) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ContentError(f"model {model!r} cannot be loaded ({reason}); give the folder of a copy on disk") from None
-
-
-def _defaults(encoder: str) -> dict[str, Any]:
-    return dict(ENCODERS[encoder].__kwdefaults__ or {})
-
-
-def _version(encoder: str) -> str:
-    name = _DISTRIBUTIONS.get(encoder, encoder)
-    try:
-        return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{name}, not installed as a package"
 
 
 def _is_text(kind: pa.DataType) -> bool:

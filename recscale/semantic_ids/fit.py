@@ -8,17 +8,19 @@ random_codes   codes that say nothing of the items, with or without collisions: 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recscale.checkpoint import leaves_by_path
 from recscale.models import rqkmeans, rqvae
 from recscale.semantic_ids.rqvae_training import Training, train
 
 ENCODED_AT_ONCE = 16_384
+CODEBOOKS = "codebooks"  # the leaf of rqvae.Model
 INPUTS = ("none", "standard", "unit")
 
 
@@ -33,7 +35,7 @@ class Fit:
     codes_NQ: int32. sizes: codes of each level. codebooks: float32 [K, d] per level, () for random codes. last_Nd: what
     the last level quantised, reconstruction_ND: what the codes decode to, in the space of the input; None for random
     codes. history: rows of plain numbers along the fit. facts: plain JSON, with the parameters and the number of
-    vectors that repeat an earlier one ("duplicates").
+    vectors that repeat an earlier one ("duplicates"). encoder: what encodes further vectors beside codebooks and facts.
     """
 
     codes_NQ: np.ndarray
@@ -43,6 +45,7 @@ class Fit:
     reconstruction_ND: np.ndarray | None
     history: list[dict[str, Any]]
     facts: dict[str, Any]
+    encoder: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def check(vectors_ND: np.ndarray, codebook: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,12 +146,11 @@ def fit_rqvae(
     """
     vectors_ND, first_N = check(vectors_ND, config.codebook)
     _check_fit(vectors_ND, config, training, inputs, behaviour_NE)
-    x_ND, restore = _prepared(vectors_ND, inputs)
+    measured = measure(vectors_ND, inputs)
+    x_ND, restore = prepared(vectors_ND, inputs, measured)
     behaviour = None if behaviour_NE is None else jnp.asarray(behaviour_NE, jnp.float32)
     model, history = train(config, training, x_ND, behaviour, seed, report)
-    starts = range(0, len(x_ND), ENCODED_AT_ONCE)
-    parts = [rqvae.encode(config, model, x_ND[i : i + ENCODED_AT_ONCE]) for i in starts]
-    codes_NQ, latent_Nd, decoded_ND = (np.concatenate(arrays)[first_N] for arrays in zip(*parts, strict=True))
+    codes_NQ, latent_Nd, decoded_ND = (array[first_N] for array in encoded(config, model, x_ND))
     books_QKd = np.asarray(model.codebooks[...])
     last_Nd = latent_Nd - sum(
         (book[codes] for book, codes in zip(books_QKd[:-1], codes_NQ.T, strict=False)), np.zeros_like(latent_Nd)
@@ -163,7 +165,9 @@ def fit_rqvae(
         "items_with_behaviour": 0 if behaviour_NE is None else int((behaviour_NE != 0).any(axis=1).sum()),
     }
     sizes = (config.codebook,) * config.levels
-    return Fit(codes_NQ, sizes, tuple(books_QKd), last_Nd, restore(decoded_ND), history, facts)
+    weights = named(model).items()
+    kept = {name: np.asarray(x) for name, x in weights if name != CODEBOOKS and not name.startswith("align.")}
+    return Fit(codes_NQ, sizes, tuple(books_QKd), last_Nd, restore(decoded_ND), history, facts, {**measured, **kept})
 
 
 def _check_fit(
@@ -185,14 +189,40 @@ def _check_fit(
         )
 
 
-def _prepared(vectors_ND: np.ndarray, inputs: str) -> tuple[jax.Array, Callable[[np.ndarray], np.ndarray]]:
-    """What the encoder reads, and the way back."""
+def named(model: rqvae.Model) -> dict[str, jax.Array]:
+    """The leaves by name, "encoder.maps.0.kernel", in their order."""
+    return {name.removesuffix(".value"): leaf for name, leaf in leaves_by_path(model).items()}
+
+
+def encoded(config: rqvae.Config, model: rqvae.Model, x_ND: jax.Array) -> tuple[np.ndarray, ...]:
+    """Codes [N, Q], latents [N, d] and reconstructions [N, D], some rows at a time."""
+    starts = range(0, len(x_ND), ENCODED_AT_ONCE)
+    parts = [rqvae.encode(config, model, x_ND[i : i + ENCODED_AT_ONCE]) for i in starts]
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def measure(vectors_ND: np.ndarray, inputs: str) -> dict[str, np.ndarray]:
+    """What `prepared` must know of all vectors, float32: "shift" and "scale", [1, D] where inputs is "standard".
+
+    Where it is "unit", scale is the length [1, 1] of a vector that is as good as zero and is not stretched.
+    """
     shift, scale = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32)
     if inputs == "standard":
         shift, scale = vectors_ND.mean(axis=0, keepdims=True), vectors_ND.std(axis=0, keepdims=True)
+        scale = np.where(scale > 1e-6 * scale.max(), scale, 1)  # a constant dimension stays near zero
     if inputs == "unit":
-        scale = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    scale = np.where(scale > 1e-6 * scale.max(), scale, 1).astype(np.float32)  # a constant dimension stays near zero
+        scale = 1e-6 * np.linalg.norm(vectors_ND, axis=1).max(keepdims=True)[None]
+    return {"shift": shift, "scale": scale.astype(np.float32)}
+
+
+def prepared(
+    vectors_ND: np.ndarray, inputs: str, measured: Mapping[str, np.ndarray]
+) -> tuple[jax.Array, Callable[[np.ndarray], np.ndarray]]:
+    """What the encoder reads, and the way back."""
+    shift, scale = measured["shift"], measured["scale"]
+    if inputs == "unit":
+        length = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+        scale = np.where(length > scale, length, 1).astype(np.float32)
     return jnp.asarray((vectors_ND - shift) / scale), lambda decoded_ND: decoded_ND * scale + shift
 
 

@@ -3,6 +3,9 @@
 Content of the log's items -> vectors -> a quantizer -> a policy for collisions -> the folder of codes (catalogue.py),
 and make.json beside it: config, versions, seconds, parameters, the history of the fit and the diagnostics. Behaviour
 vectors (config.behaviour) join the content, or align an RQ-VAE, or stand alone where content.encoder is "".
+
+The folder keeps what encodes further items, so that extend.py can add them; codes of joined behaviour vectors and
+random codes cannot be added to.
 """
 
 import json
@@ -20,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from recscale import record
 from recscale.data.event_log import EventLog
 from recscale.models import rqkmeans, rqvae
-from recscale.semantic_ids import behaviour, catalogue, collisions, content, diagnostics
+from recscale.semantic_ids import behaviour, catalogue, collisions, content, diagnostics, encoding
 from recscale.semantic_ids.fit import Fit, fit_product, fit_rqkmeans, fit_rqvae, random_codes
 from recscale.semantic_ids.rqvae_training import Training
 
@@ -72,7 +75,7 @@ def make(config: ConfigDict, out: str | Path, *, replace: bool = False, report: 
     out, begin = Path(out), time.perf_counter()
     _check(config, out, replace)
     log = EventLog.open(config.data.path)
-    vectors_VD, behaviour_VE, content_facts = _vectors(config, log)
+    (vectors_VD, content_facts, text), behaviour_VE = _vectors(config, log)
     encoded = time.perf_counter()
     align_NE = behaviour_VE[1:] if behaviour_VE is not None and config.behaviour.use == "align" else None
     fit = METHODS[config.method](config, vectors_VD[1:], align_NE, report)
@@ -83,11 +86,11 @@ def make(config: ConfigDict, out: str | Path, *, replace: bool = False, report: 
         **fit.facts,
         "content": content_facts,
         "learned_levels": len(fit.sizes),
-        "collisions": resolved.facts,
+        "collisions": {**resolved.facts, "maximum": config.collisions.maximum},
         "config_hash": record.config_hash(config.to_dict()),
         "diagnostics": described,
     }
-    codes = catalogue.of_log(log, resolved.codes_VQ, resolved.sizes, facts, fit.codebooks)
+    codes = catalogue.of_log(log, resolved.codes_VQ, resolved.sizes, facts, fit.codebooks, encoding.keep(text, fit))
     catalogue.write(codes, out, replace=replace)
     book = {
         "config": config.to_dict(),
@@ -149,26 +152,27 @@ def _behaviour_alone(config: ConfigDict) -> bool:
     return not config.content.encoder and bool(config.behaviour.source) and config.behaviour.use == "join"
 
 
-def _vectors(config: ConfigDict, log: EventLog) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-    """What is quantised [V + 1, D], behaviour vectors [V + 1, E] or None, and facts of both.
+def _vectors(config: ConfigDict, log: EventLog) -> tuple[content.Content, np.ndarray | None]:
+    """What is quantised, [V + 1, D], with facts, and the behaviour vectors [V + 1, E] or None.
 
-    Without an encoder the behaviour vectors alone, or vectors of width 0 for random codes.
+    Without an encoder the behaviour vectors alone, or vectors of width 0 for random codes. Behaviour vectors beside the
+    text or alone cannot be made of further items: then nothing is kept.
     """
+    found = content.Content(np.zeros((log.num_items + 1, 0), np.float32), {"encoder": ""}, {})
     if config.content.encoder:
-        encoded = content.encode(log, config.content.encoder, **config.content.settings)
-    else:
-        encoded = content.Content(np.zeros((log.num_items + 1, 0), np.float32), {"encoder": ""})
+        found = content.encode(log, config.content.encoder, **config.content.settings)
     if not config.behaviour.source:
-        return encoded.vectors_VD, None, encoded.facts
+        return found, None
     source = Path(config.behaviour.source)
     read = behaviour.from_file if source.suffix == ".npy" else behaviour.from_run
     known_VE = read(source, log)
-    facts = {**encoded.facts, "behaviour": config.behaviour.to_dict()}
+    found = found._replace(facts={**found.facts, "behaviour": config.behaviour.to_dict()})
     if config.behaviour.use == "align":
-        return encoded.vectors_VD, known_VE, facts
-    if _behaviour_alone(config):
-        return known_VE, known_VE, facts
-    return behaviour.joined(encoded.vectors_VD, known_VE, weight=config.behaviour.weight), known_VE, facts
+        return found, known_VE
+    vectors_VD = known_VE
+    if not _behaviour_alone(config):
+        vectors_VD = behaviour.joined(found.vectors_VD, known_VE, weight=config.behaviour.weight)
+    return found._replace(vectors_VD=vectors_VD, kept={}), known_VE
 
 
 def _resolved(config: ConfigDict, fit: Fit) -> collisions.Resolved:

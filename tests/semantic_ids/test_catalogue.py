@@ -59,6 +59,21 @@ def test_without_codebooks_and_without_a_log(tmp_path):
     assert not (tmp_path / "codebooks.parquet").exists()
 
 
+def test_what_encodes_further_items_is_read_where_it_is_asked_for(tmp_path):
+    arrays = {"version": np.array(1), "text.words": np.arange(5, dtype=np.uint8), "quantizer.scale": np.ones((1, 3))}
+    codes = make_codes(make_log(), encoder=arrays)
+    for name in ("a", "b"):
+        catalogue.write(codes, tmp_path / name)
+    assert (tmp_path / "a" / "meta.json").read_bytes() == (tmp_path / "b" / "meta.json").read_bytes()
+    found = catalogue.read(tmp_path / "a", encoder=True).encoder
+    assert found.keys() == arrays.keys() and all(found[key].tobytes() == arrays[key].tobytes() for key in arrays)
+    assert catalogue.read(tmp_path / "a").encoder == {}
+    flip(tmp_path / "a" / "encoder.npz")
+    assert catalogue.read(tmp_path / "a").sha256 == codes.sha256
+    with pytest.raises(CodesError, match=r"encoder.npz: damaged"):
+        catalogue.read(tmp_path / "a", encoder=True)
+
+
 def test_codes_are_not_overwritten_unless_told(tmp_path):
     log = make_log()
     catalogue.write(make_codes(log), tmp_path)

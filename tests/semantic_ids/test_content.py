@@ -10,7 +10,7 @@ import pytest
 
 from recscale.data.event_log import Column, EventLog
 from recscale.data.prepare import prepare
-from recscale.semantic_ids import content
+from recscale.semantic_ids import content, text_encoders
 from recscale.semantic_ids.content import ContentError
 
 WORDS = ("red", "nail", "polish", "cream", "skin", "hair", "oil", "brush", "soap", "lotion", "gel", "spray")
@@ -61,18 +61,25 @@ def test_the_same_log_gives_the_same_bits():
     assert first.tobytes() == again.tobytes()
 
 
-def test_tfidf_is_the_svd_of_the_formula():
-    """Inner products of the rows, against numpy on the counts: they do not depend on signs or rotations."""
-    texts = ["a b b", "b c", "c c c d", "a d d", "e a", "d e e"]
-    counts = np.array([[text.split().count(word) for word in "abcde"] for text in texts], float)
-    idf = 1 + np.log((1 + len(texts)) / (1 + (counts > 0).sum(axis=0)))
-    weights = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * idf
-    weights /= np.linalg.norm(weights, axis=1, keepdims=True)
-    u, s, _ = np.linalg.svd(weights, full_matrices=False)
-    expected = (u * s)[:, :3]
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    found = content.tfidf_svd(texts, dim=3)
-    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+def test_further_items_get_vectors_in_the_space_of_the_first_ones():
+    log, more = make_log(), make_log(80, seed=1)
+    first = content.encode(log, "tfidf_svd", dim=6, columns=("title",))
+    again, said = content.encode_again(log, first.facts, first.kept)
+    np.testing.assert_allclose(again, first.vectors_VD, atol=1e-6)
+    np.testing.assert_array_equal(again[9], first.vectors_VD[9])  # no text: the mean of then
+    assert np.flatnonzero(~said).tolist() == [0, 9]
+    again, said = content.encode_again(more, first.facts, first.kept)
+    shared = [a == b for a, b in zip(*(content.item_texts(x, ("title",)) for x in (log, more)), strict=False)]
+    assert again.shape == (81, 6) and shared[8] and said.sum() == 79
+    np.testing.assert_array_equal(again[9], first.vectors_VD[9])
+
+
+def test_a_pretrained_encoder_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setitem(content.ENCODERS, "odd", length_and_first)
+    first = content.encode(make_log(), "odd")
+    np.testing.assert_array_equal(content.encode_again(make_log(), first.facts, first.kept)[0], first.vectors_VD)
+    with pytest.raises(ContentError, match=r"made with odd 0.1, here is odd, not installed as a package: install that"):
+        content.encode_again(make_log(), {**first.facts, "version": "odd 0.1"}, first.kept)
 
 
 def without_text() -> EventLog:
@@ -178,7 +185,7 @@ def test_wordllama_needs_no_network(monkeypatch, tmp_path):
     found = content.encode(make_log(), "wordllama")
     assert found.vectors_VD.shape == (61, 256) and found.facts["version"].startswith("wordllama ")
     np.testing.assert_allclose(np.linalg.norm(found.vectors_VD[1:9], axis=1), 1, rtol=1e-4)
-    near = content.wordllama(["nail polish", "nail lacquer", "bicycle tyre"])
+    near = text_encoders.wordllama(["nail polish", "nail lacquer", "bicycle tyre"])
     assert near[0] @ near[1] > near[0] @ near[2] + 0.2
     assert not list(tmp_path.iterdir())
 
