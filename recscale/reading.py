@@ -11,10 +11,11 @@ from recscale.data.cold_start import cold_start
 from recscale.data.event_log import EventLog
 from recscale.data.features import known_before, open_feature
 from recscale.data.loading import Loader
+from recscale.data.parts import parts
 from recscale.data.reach import Reach
 from recscale.tasks.next_item import Task
 
-SPLITS = splits.SPLITS | {"cold_start": cold_start}
+SPLITS = splits.SPLITS | {"cold_start": cold_start, "parts": parts}
 CHUNK = 1 << 22  # labels checked at a time
 CUTS = {"all": windows.in_windows, "prefixes": windows.prefixes}  # loader.window -> examples cut anew for training
 LABELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
@@ -60,6 +61,7 @@ def cardinalities(config: ml_collections.ConfigDict, log: EventLog) -> dict[str,
     _check_horizon(config, timed)
     _check_request(config)
     _check_one_target(config)
+    _check_denoising(config)
     return {name: open_feature(log, name).cardinality for name in dict.fromkeys((*c.inputs, *c.queries))}
 
 
@@ -124,6 +126,19 @@ def _check_one_target(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loader: horizon = {c.horizon}, request_gap = {c.request_gap}, alpha = {c.alpha}: task 'semantic_id' "
             "generates the very next item; use 0, 0 and 2.0"
+        )
+
+
+def _check_denoising(config: ml_collections.ConfigDict) -> None:
+    c, task = config.loader, config.task_name
+    if task != "denoising":
+        if "dreamrec_legacy" in config.eval.protocols:
+            raise ValueError(f"eval.protocols: 'dreamrec_legacy' is for task 'denoising', found task {task!r}")
+        return
+    if c.horizon or c.request_gap or c.queries:
+        raise ValueError(
+            f"loader: horizon = {c.horizon}, request_gap = {c.request_gap}, queries = {tuple(c.queries)}: task "
+            "'denoising' generates the very next item from the history; use 0, 0 and ()"
         )
 
 

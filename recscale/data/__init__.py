@@ -1,6 +1,6 @@
 """The public datasets, by name."""
 
-from recscale.data import amazon2014, kuairand, kuairand_watch, microlens, movielens, yelp
+from recscale.data import amazon2014, dreamrec, kuairand, kuairand_watch, microlens, movielens, yelp
 
 DATASETS = {
     **movielens.DATASETS,
@@ -9,4 +9,5 @@ DATASETS = {
     **microlens.DATASETS,
     **kuairand.DATASETS,
     **kuairand_watch.DATASETS,
+    **dreamrec.DATASETS,
 }

@@ -16,6 +16,9 @@ KNOWN: dict[str, dict[str, int]] = {
     "kuairand-pure/parquet": {"users": 25_156, "items": 6_361, "events": 228_329},
     # At most 50 exposures a user of 9 to 24 April (817,187 in all), then those of 25 April to 8 May.
     "kuairand-pure-watch": {"users": 27_077, "items": 7_502, "events": 1_045_516},
+    # By part: a source may have a train part too, whose counts nobody published.
+    "dreamrec-yc": {"val_users": 12_847, "val_events": 57_062, "test_users": 12_847, "test_events": 55_245},
+    "dreamrec-ks": {"val_users": 9_209, "val_events": 76_995, "test_users": 9_209, "test_events": 55_346},
 }
 
 

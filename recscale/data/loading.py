@@ -6,7 +6,7 @@ restarts, and Grain only prefetches and remembers an index.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -47,6 +47,9 @@ class Loader:
       `queries` and label_NAME float32 for the columns `labels`, at the next event. An input users/NAME takes a slot of
       its own at the beginning of every example, which holds it and nothing else;
     * example int32, with `with_example`: 1 + index into the view.
+
+    An example whose history is empty (View.empty_history) begins with a blank slot: an input with a target, but whose
+    item_id and features are 0.
 
     reach: where training looks further than the next event, or a vector is older than it (data/reach.py); it may make
     another event the "next" one in all of the above, and add the keys `lagged` and `request`.
@@ -108,7 +111,14 @@ class Loader:
         self._window, self._with_example = window, with_example
         self._columns = columns(log, inputs, queries, labels)
         self._reach = None if reach is None else reach.open(log)
-        self._start, self._target_start = view.start, view.target_start
+        empty = view.start == view.target_start
+        if empty.any() and (self._prefix or alpha < 2.0 or "timestamp" in self._columns):
+            raise EventLogError(
+                f"view {view.name!r}: {empty.sum()} examples have an empty history; expected a log without times, no "
+                "features of users and alpha = 2."
+            )
+        self._begin, self._blanks = view.start, bool(empty.any())
+        self._start, self._target_start = view.start - empty, view.target_start  # as if an event came before
         self._stop = view.stop if view.reading == "next_item" else view.target_start + 1
         available = self._stop - 1 - self._start
         self._all = np.minimum(available, length)
@@ -223,7 +233,7 @@ class Loader:
         if self._reach is not None:
             stream = (self.seed, number[of])
             there, more = self._reach(here, there, first[of], self._stop[segment][of], stream)
-        batch = {name: spread_events(read(there if ahead else here)) for name, (read, ahead) in self._columns.items()}
+        batch = self._read(here, there, segment[of], spread_events)
         batch["target"] *= spread_events((there >= target_start[of]) & (there > here))
         batch["positions"] = spread(position.astype(np.int32))
         batch["segment_ids"] = spread((1 + runs(np.zeros_like(per_row), per_row)).astype(np.int32)[owner])
@@ -240,6 +250,14 @@ class Loader:
             batch["request"] = spread_events(more["request"].astype(np.int32))
         if self._with_example:
             batch["example"] = spread((segment + 1).astype(np.int32)[owner])
+        return batch
+
+    def _read(self, here, there, example, spread: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+        """The columns at the rows of every input and of the event after it; of a blank slot only the latter."""
+        batch = {name: spread(read(there if ahead else here)) for name, (read, ahead) in self._columns.items()}
+        if self._blanks:
+            known = spread(here >= self._begin[example])
+            batch |= {name: batch[name] * known for name, (_, ahead) in self._columns.items() if not ahead}
         return batch
 
     def _rows(self, segment, first, count, number) -> tuple[np.ndarray, np.ndarray]:

@@ -83,8 +83,8 @@ def find_dataset(name: str) -> Dataset:
 
 
 def verify_counts(name: str, log: EventLog, expected: Mapping[str, int] | None) -> None:
-    """Compares users, items and events with the published counts; raises EventLogError where they differ."""
-    found = {"users": log.num_users, "items": log.num_items, "events": log.num_events}
+    """Compares users, items, events and facts["parts"] with published counts; raises EventLogError on others."""
+    found = {"users": log.num_users, "items": log.num_items, "events": log.num_events, **log.facts.get("parts", {})}
     wrong = {key: count for key, count in (expected or {}).items() if found[key] != count}
     if wrong:
         text = ", ".join(f"{found[key]:,} {key} (expected {count:,})" for key, count in wrong.items())

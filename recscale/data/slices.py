@@ -35,8 +35,10 @@ def tail(log: EventLog, view: View, train: View) -> dict[str, np.ndarray]:
 
 
 def history(log: EventLog, view: View, train: View) -> dict[str, np.ndarray]:
-    """Over examples [N], by events of history before the first target: history_1_4, ..., history_200_up."""
-    return {f"history_{name}": inside for name, inside in _between(view.target_start - view.start, HISTORY_EDGES)}
+    """Over examples [N], by events of history before the first target: history_0, history_1_4, ..., history_200_up."""
+    events = view.target_start - view.start
+    named = {f"history_{name}": inside for name, inside in _between(events, HISTORY_EDGES)}
+    return {"history_0": events == 0, "history_1_up": events > 0} | named if view.empty_history else named
 
 
 def _between(count: np.ndarray, edges: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:

@@ -21,7 +21,8 @@ class View:
     example may see no event outside start:stop. target_start: int64, start < target_start < stop; the targets are
     events target_start:stop, and an event before it is history only. Two ways to read the targets: `next_item` (each
     target is predicted from everything before it) and `window` (all are predicted at once from start:target_start).
-    dropped: reason -> number of users or events left out.
+    empty_history: start == target_start is allowed, the first target is then predicted from nothing. dropped: reason ->
+    number of users or events left out.
     """
 
     name: str
@@ -30,6 +31,7 @@ class View:
     target_start: np.ndarray
     stop: np.ndarray
     reading: str = "next_item"
+    empty_history: bool = False
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -198,7 +200,7 @@ def limit_events(view: View, n: int) -> View:
     if n < 2:
         raise EventLogError(f"limit_events: n={n}, expected at least 2: one event of history and one target.")
     start = np.maximum(view.start, view.stop - n)
-    target_start = np.maximum(view.target_start, start + 1)
+    target_start = np.maximum(view.target_start, start + (start > view.start))
     dropped = {**view.dropped, "events over the limit": int((start - view.start).sum())}
     return dataclasses.replace(view, start=start, target_start=target_start, dropped=dropped)
 
@@ -221,7 +223,7 @@ def check_view(log: EventLog, view: View) -> None:
             f"view {view.name!r}: {outside.sum()} examples reach outside their user's events, the first is "
             f"{int(outside.argmax())}: this view was made from another log."
         )
-    wrong = (view.start >= view.target_start) | (view.target_start >= view.stop)
+    wrong = (view.start + (not view.empty_history) > view.target_start) | (view.target_start >= view.stop)
     if wrong.any():
         raise EventLogError(
             f"view {view.name!r}: {wrong.sum()} examples lack history or a target, the first is {int(wrong.argmax())}; "

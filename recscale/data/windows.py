@@ -16,12 +16,14 @@ def in_windows(view: View, length: int) -> View:
     """
     if length < 1:
         raise EventLogError(f"in_windows: length={length}, expected at least 1.")
-    counts = -(-(view.stop - 1 - view.start) // length)
+    begin = view.start - (view.start == view.target_start)  # an empty history takes a slot
+    counts = -(-(view.stop - 1 - begin) // length)
     example = np.repeat(np.arange(len(view)), counts)
     place = np.arange(len(example)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = view.start[example] + place * length
+    start = begin[example] + place * length
     stop = np.minimum(start + length + 1, view.stop[example])
     target_start = np.maximum(view.target_start[example], start + 1)
+    start = np.maximum(start, view.start[example])
     kept = target_start < stop  # a run of history only has nothing to train on
     return dataclasses.replace(
         view, user=view.user[example][kept], start=start[kept], target_start=target_start[kept], stop=stop[kept]

@@ -31,7 +31,7 @@ def test_every_dataset_has_known_counts():
         assert dataset.name == name
         for layout in dataset.layouts:
             counts = known_counts(name, layout.name)
-            assert counts and counts["events"] > 0
+            assert counts and any(count > 0 for key, count in counts.items() if key.endswith("events"))
     assert known_counts("ml-1m", "dat") == KNOWN["ml-1m"] == {"users": 6040, "items": 3706, "events": 1_000_209}
 
 
@@ -76,7 +76,7 @@ def test_missing_source_says_what_and_where(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset=ml1m"], "unknown dataset 'ml1m'; known: beauty, kuairand-pure.*Did you mean ml-1m?"),
+        (["--dataset=ml1m"], "unknown dataset 'ml1m'; known: beauty, dreamrec-ks.*Did you mean ml-1m?"),
         (["--dataset=ml-1m"], "needs --source"),
         (["--dataset=ml-1m", "--source=SOURCE"], "expected 6,040"),
         (["--dataset=toys", "--source=SOURCE"], "Toys_and_Games.txt"),
