@@ -37,7 +37,7 @@ from recscale.data.loading import Loader
 from recscale.data.splits import leave_one_out
 from recscale.evaluate import evaluate
 from recscale.layers.kinds import Table
-from recscale.layers.ranking import top_items
+from recscale.layers.ranking import dot_products, top_items
 from recscale.layers.tables import Tables
 from recscale.mesh import make_mesh
 
@@ -65,6 +65,7 @@ class LastItem:
     """The query is the vector of the last item."""
 
     catalogue = "item"
+    scores = staticmethod(dot_products)
 
     def queries(self, model, lookup, batch):
         return lookup("item", batch["item_id"])

@@ -155,8 +155,8 @@ SET_METRICS: Mapping[str, Callable[..., np.ndarray]] = {
 """Several targets per user: name -> f(hits, num_targets, k), one value per user (`ndcg_ratio_of_means` has none)."""
 
 
-PROTOCOLS: Mapping[str, str] = {"full": "", "unseen": "/unseen"}
-"""Ranking protocol -> what its metric names end with."""
+PROTOCOLS: Mapping[str, str] = {"full": "", "unseen": "/unseen", "dreamrec_legacy": "/dreamrec_legacy"}
+"""Ranking protocol -> what its metric names end with. The last is for task "denoising", see evaluate_denoised.py."""
 
 
 def column(kind: str, protocol: str) -> str:

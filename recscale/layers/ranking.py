@@ -29,6 +29,11 @@ Top = tuple[jax.Array, jax.Array]
 STATIC = ("tables", "task", "block", "top_k", "protocols")
 
 
+def dot_products(query_QD: jax.Array, item_ND: jax.Array) -> jax.Array:
+    """Scores [Q, N] in full precision."""
+    return jnp.einsum("QD,ND->QN", query_QD, item_ND, precision=jax.lax.Precision.HIGHEST)
+
+
 @functools.partial(jax.jit, static_argnames=STATIC)
 def rank_catalogue(
     query_QD: jax.Array,
@@ -43,12 +48,12 @@ def rank_catalogue(
     top_k: int = 0,
     protocols: tuple[str, ...] = PROTOCOLS,
 ) -> dict[str, jax.Array]:
-    """Exact rank, log-probability and top lists of Q queries over items 1..V; score = query . item vector.
+    """Exact rank, log-probability and top lists of Q queries over items 1..V, by the task's score.
 
     query_QD: [Q, D]. target_Q: int32 [Q], 0 for a row that only fills the chunk. seen: what `pack_seen` returns, needed
-    by protocol "unseen". task: has `catalogue`, the name of the item table, and `item`, applied to its vectors; arrays:
-    those of that table at least. block: items scored at a time on each device. protocols: which rankings to make; ()
-    gives log_prob alone. top_k = 0 makes no lists.
+    by protocol "unseen". task: has `catalogue`, the name of the item table, `item`, applied to its vectors, and
+    `scores` of queries and those (tasks/next_item.py); arrays: those of that table at least. block: items scored at a
+    time on each device. protocols: which rankings to make; () gives log_prob alone. top_k = 0 makes no lists.
 
     Returns log_prob [Q] (nats, <= 0), finite [Q] (False where any score of the row is NaN or infinite: the other values
     of that row mean nothing), and per protocol `rank/NAME` int32 [Q] and `top/NAME` int32 [Q, top_k], 0 where fewer
@@ -155,7 +160,7 @@ class _Sweep:
         vectors_ND = vectors_ND.reshape(-1, self.group, spec.dim).swapaxes(0, 1).reshape(-1, spec.dim)
         # Both passes keep the same matmul of the same vectors, fused with nothing.
         vectors_ND = jax.lax.optimization_barrier(vectors_ND)
-        scores_QN = jnp.einsum("QD,ND->QN", query_QD, vectors_ND, precision=jax.lax.Precision.HIGHEST)
+        scores_QN = self.task.scores(query_QD, vectors_ND)
         scores_QgG = jax.lax.optimization_barrier(scores_QN).reshape(-1, *ids_gG.shape)
         hidden_QgG = None
         if "unseen" in self.protocols:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recscale.layers.kinds import Table
 from recscale.layers.norms import l2_normalize
-from recscale.layers.ranking import GROUP, SEEN_WINDOW, pack_seen, rank_catalogue, top_items
+from recscale.layers.ranking import GROUP, SEEN_WINDOW, dot_products, pack_seen, rank_catalogue, top_items
 from recscale.layers.tables import Tables
 from recscale.mesh import make_mesh
 
@@ -19,6 +19,7 @@ class Task:
     """What ranking asks of a task; hashable, as a static argument must be."""
 
     catalogue = "item"
+    scores = staticmethod(dot_products)
 
     def __init__(self, item):
         self.item = item
