@@ -31,6 +31,7 @@ from recscale.data.event_log import EventLog, EventLogError
 from recscale.data.loading import targets_of
 from recscale.data.slices import SLICES
 from recscale.data.splits import View, runs
+from recscale.evaluate_denoised import evaluate_denoised
 from recscale.evaluate_feedback import evaluate_feedback
 from recscale.evaluate_generated import evaluate_generated
 from recscale.layers.ranking import pack_seen, rank_catalogue
@@ -253,27 +254,20 @@ def evaluate_split(
     view = run.views[split]
     slices = _slices(run, view) if final else {}
     rows, per_target = [], {}
-    if run.task.generates:
-        return _generated(run, state, view, step, slices, poll)
-    if run.task.ranks_catalogue:
-        rows, per_target = _catalogue(run, state, view, step, final, slices, poll)
-    if run.task.heads:
-
-        def masks(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {name: _target_mask(name, mask, view, found) for name, mask in slices.items()}
-
-        more, found = evaluate_feedback(run, state, view, step, masks, poll)
-        rows, per_target = rows + more, per_target | found
-    return rows, per_target
-
-
-def _generated(run: Run, state, view: View, step: int, slices, poll):
-    """As _catalogue, for a retriever that generates."""
 
     def masks(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: _target_mask(name, mask, view, found) for name, mask in slices.items()}
 
-    return evaluate_generated(run, state, view, step, masks, poll)
+    if run.task.generates:
+        return evaluate_generated(run, state, view, step, masks, poll)
+    if run.task.denoises:
+        return evaluate_denoised(run, state, view, step, final, masks, poll)
+    if run.task.ranks_catalogue:
+        rows, per_target = _catalogue(run, state, view, step, final, slices, poll)
+    if run.task.heads:
+        more, found = evaluate_feedback(run, state, view, step, masks, poll)
+        rows, per_target = rows + more, per_target | found
+    return rows, per_target
 
 
 def _catalogue(run: Run, state, view: View, step: int, final: bool, slices, poll):

@@ -172,15 +172,18 @@ def table_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def collapse(run: Run, state: dict[str, Any], sample: int = 4096) -> float:
-    """Information abundance of the item vectors (arXiv 2310.04400), of at most `sample` evenly spread items."""
+def collapse(run: Run, state: dict[str, Any], sample: int = 4096) -> dict[str, float]:
+    """What is left of the item vectors, of at most `sample` evenly spread items.
+
+    information_abundance (arXiv 2310.04400); variance: over items, the mean of the dimensions.
+    """
     ids = np.linspace(1, run.log.num_items, min(sample, run.log.num_items), dtype=np.int32)
     everywhere = NamedSharding(run.mesh, REPLICATED)
     look = jax.jit(
         lambda arrays, mixers, ids: run.tables.lookup(arrays, mixers, run.task.catalogue, ids), out_shardings=everywhere
     )
-    vectors = look(state["tables"], state["mixers"], place_same(everywhere, ids))
-    return information_abundance(np.asarray(vectors))
+    vectors = np.asarray(look(state["tables"], state["mixers"], place_same(everywhere, ids)))
+    return {"information_abundance": information_abundance(vectors), "variance": float(vectors.var(axis=0).mean())}
 
 
 def seen(run: Run, steps: int) -> dict[str, Any]:

@@ -215,7 +215,7 @@ class Training:
         book |= {"status": self.status, "reason": self.reason}
         book["table"] |= {"extra_rounds": extra_rounds, "lost_rows": lost_rows}
         if self.status == "ok":
-            book["table"]["information_abundance"] = collapse(run, state)
+            book["table"] |= collapse(run, state)
         wall, devices = self._elapsed(), float(run.mesh.size)
         if self.pack is not None:
             book["pack"] = {"members": self.pack[0], "devices": self.pack[1]}

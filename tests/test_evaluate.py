@@ -13,7 +13,7 @@ from recscale.data.loading import Loader
 from recscale.data.splits import View, leave_one_out
 from recscale.evaluate import NonFiniteScore, evaluate
 from recscale.layers.kinds import Table
-from recscale.layers.ranking import rank_catalogue
+from recscale.layers.ranking import dot_products, rank_catalogue
 from recscale.layers.tables import Tables
 from recscale.mesh import make_mesh
 
@@ -24,6 +24,7 @@ class LastItem:
     """The query is a vector of the input item plus one of its position: enough to tell every slot of a batch apart."""
 
     catalogue = "item"
+    scores = staticmethod(dot_products)
 
     def queries(self, model, lookup, batch):
         return jnp.asarray(model)[batch["positions"]] + lookup("item", batch["item_id"])

@@ -58,6 +58,15 @@ LIBRARY = {
         "recscale.run",
         "recscale.tasks",
     ),
+    "recscale.evaluate_denoised": (
+        "recscale.data",
+        "recscale.layers",
+        "recscale.mesh",
+        "recscale.metrics",
+        "recscale.reading",
+        "recscale.run",
+        "recscale.tasks",
+    ),
     "recscale.semantic_ids": (
         "recscale.data",
         "recscale.layers",
@@ -68,6 +77,7 @@ LIBRARY = {
     ),
     "recscale.evaluate": (
         "recscale.data",
+        "recscale.evaluate_denoised",
         "recscale.evaluate_feedback",
         "recscale.evaluate_generated",
         "recscale.program",

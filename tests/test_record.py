@@ -35,7 +35,7 @@ def test_a_run_leaves_every_field_of_the_contract(tmp_path):
     assert set(book["parameters"]) == {"tables", "dense", "context_tables", "head", "codebooks"}
     assert set(book["flops"]) == {"projections", "attention", "head", "train_total", "lookup_bytes"}
     sizes = {"kind", "rows", "dim", "bytes", "bytes_per_item", "arrays"}
-    assert set(book["table"]) == sizes | {"extra_rounds", "lost_rows", "information_abundance"}
+    assert set(book["table"]) == sizes | {"extra_rounds", "lost_rows", "information_abundance", "variance"}
     assert book["table"]["lost_rows"] == 0 and 1 <= book["table"]["information_abundance"] <= 8
     array = book["table"]["arrays"]["item"]
     assert array["collisions_any"] == 0 and array["rows_touched"] == book["seen"]["unique_items"]

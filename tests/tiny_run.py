@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import hstu_planted, sasrec_ml1m, tiger_beauty
+from configs import dreamrec_yc, hstu_planted, sasrec_ml1m, tiger_beauty
 from recscale.data.event_log import EventLog
 from recscale.data.prepare import prepare
 from recscale.semantic_ids import catalogue
@@ -73,4 +73,17 @@ def tiny_tiger(log: Path, codes: Path, **changes: object) -> ConfigDict:
     config.optim.warmup = 3
     config.train.update({"epochs": 0.2, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": ""})
     config.eval.update({"final": ("test",), "batch_size": 64, "ks": (1, 5), "top_k": 64})
+    return _changed(config, changes)
+
+
+def tiny_dreamrec(log: Path, **changes: object) -> ConfigDict:
+    """The shipped DreamRec on this log, tiny; changes as for `tiny`."""
+    config = dreamrec_yc.get_config().unlock()
+    config.data.path = str(log)
+    config.split = ConfigDict({"name": "leave_one_out", "validation": True})
+    config.loader.update({"batch_size": 8, "length": 8, "row_length": 16, "segments": 8})
+    config.model.update({"embed_dim": 8, "max_length": 8})
+    config.task.update({"process": "linear", "steps": 6, "width": 8, "ffn": 8})
+    config.train.update({"epochs": 0.2, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "select": ""})
+    config.eval.update({"final": ("test",), "batch_size": 16, "ks": (1, 5), "top_k": 5, "protocols": ("full",)})
     return _changed(config, changes)

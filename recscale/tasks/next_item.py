@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from recscale.layers.kinds import Table
 from recscale.layers.norms import l2_normalize
+from recscale.layers.ranking import dot_products
 
 MASKED = -5e4  # score of a negative that equals the target, as in the HSTU reference
 FREQUENCY = "item_frequency"  # a table that is never trained
@@ -83,6 +84,14 @@ def corrected_softmax(positive_BL, negative_BLN, log_q_BLN, valid_BLN):
     return jax.lax.stop_gradient(weight) * (denominator - positive_BL)
 
 
+def slots(target_BL: jax.Array, segments: int) -> jax.Array:
+    """Positions of the targets of every row [B, S], and any others after them; segments = 0: all positions."""
+    length = target_BL.shape[1]
+    if segments == 0 or segments >= length:
+        return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), target_BL.shape)
+    return jnp.argsort(target_BL == 0, axis=1, stable=True)[:, :segments].astype(jnp.int32)
+
+
 LOSSES = ("full", "sampled", "bce", "gbce")
 
 
@@ -96,6 +105,7 @@ class Task:
     heads: tuple[Any, ...] = ()  # feedback that is predicted too; see tasks/feedback.py
     ranks_catalogue = True
     generates = False  # whether an item is generated code by code instead; see tasks/semantic_id.py
+    denoises = False  # whether its vector is; see tasks/denoising.py
 
     def __init__(
         self,
@@ -245,6 +255,10 @@ class Task:
     def item(self, vectors: jax.Array) -> jax.Array:
         """Vectors [..., D] of the item table, as they are scored against."""
         return l2_normalize(vectors) if self.config.similarity == "cosine" else vectors
+
+    def scores(self, query_QD: jax.Array, item_ND: jax.Array) -> jax.Array:
+        """Scores [Q, N] of queries against what `item` gives."""
+        return dot_products(query_QD, item_ND)
 
     def _described(self, batch) -> dict[str, tuple[str, jax.Array]]:
         """The features of a batch: key -> (table, ids)."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from recscale.layers.code_tokens import History
 from recscale.layers.kinds import Table
 from recscale.tasks import next_item
-from recscale.tasks.next_item import USER_FEATURE
+from recscale.tasks.next_item import USER_FEATURE, slots
 
 CODES = "semantic_id"  # the table of codes: fixed, one row of Q codes per item
 
@@ -124,7 +124,7 @@ class Task(next_item.Task):
         return {name: lookup(*owned) for name, owned in self.wanted(batch).items()}
 
     def _nats(self, model, rows, batch, key, smoothing: float, **how) -> tuple[jax.Array, jax.Array]:
-        slots_BS = self._slots(batch["target"])
+        slots_BS = slots(batch["target"], self.segments)
         next_BLQ = self._next(_integers(rows["history"]), _integers(rows["target"]), batch)
         logits_BSQK = model(self.history(rows, batch), next_BLQ, slots_BS, key, **how)
         wanted_BSQ = jnp.take_along_axis(next_BLQ, slots_BS[:, :, None], axis=1)
@@ -133,13 +133,6 @@ class Task(next_item.Task):
         if smoothing:
             log_p_BSQ = (1.0 - smoothing) * log_p_BSQ + smoothing * log_p_BSQK.mean(axis=-1)
         return -log_p_BSQ.sum(axis=-1), slots_BS
-
-    def _slots(self, target_BL: jax.Array) -> jax.Array:
-        """Positions of the targets of every row [B, S], and any others after them."""
-        length = target_BL.shape[1]
-        if self.segments == 0 or self.segments >= length:
-            return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), target_BL.shape)
-        return jnp.argsort(target_BL == 0, axis=1, stable=True)[:, : self.segments].astype(jnp.int32)
 
     @staticmethod
     def _next(history_BLQ: jax.Array, target_BLQ: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
