@@ -86,12 +86,13 @@ def test_a_shipped_config_takes_two_steps(name, log, impressions, codes):
         config.mesh.update({"replica": 1, "data": 1, "model": 1})
     if config.split.name == "by_user":
         config.split.train_users, config.split.eval_users = 60, 20
-    if config.split.name == "global_time":
+    if config.split.name in ("global_time", "parts"):
         config.split = ConfigDict({"name": "leave_one_out"})
     if "validation_users" in config.split and config.split.validation_users:
         config.split.validation_users = 20
     config.loader.batch_size = 2
-    config.model.depth = 1
+    if "depth" in config.model:
+        config.model.depth = 1
     if "negatives" in config.task and config.task.loss != "full":
         config.task.negatives = 8
     run = build(config.lock())
