@@ -29,7 +29,7 @@ from recscale.layers.kinds import Table
 from recscale.layers.likelihood import log_likelihood
 from recscale.layers.norms import l2_normalize
 from recscale.layers.ranking import dot_products
-from recscale.layers.samplers import ETA, SAMPLERS, plan, sample
+from recscale.layers.samplers import ETA, SAMPLERS, affine_chain, plan, sample
 from recscale.tasks import next_item
 from recscale.tasks.next_item import slots
 
@@ -37,6 +37,7 @@ PROCESSES = (*diffusion.SCHEDULES, *diffusion.PATHS)
 TARGETS = ("trainable", "detached")
 SIMILARITIES = ("dot", "cosine", "l2")
 COMBINE = {"mean": jnp.mean, "max": jnp.max}
+CLOSED_FORM = "closed_form"  # of the samplers: "ddpm" without walking the chain, for denoiser "mlp1"
 NOISE_STREAM, PROBE_STREAM = 0, 1
 
 
@@ -49,8 +50,9 @@ class Config:
     conditions replaced by the learned null. target: one of TARGETS; normalise: targets of length sqrt(D). ranking: r
     above. deviation: standard deviation of the item vectors at the start.
 
-    sampler, sampling_steps (0: all of a chain), eta (read where the sampler has one): see layers/samplers.py. guidance:
-    w of (1 + w) conditional - w unconditional. similarity, temperature: score = <x, item> / temperature, "cosine"
+    sampler, sampling_steps (0: all of a chain), eta (read where the sampler has one): see layers/samplers.py;
+    "closed_form" draws from the Gaussian that "ddpm" samples where the denoiser is linear, "mlp1". guidance: w of
+    (1 + w) conditional - w unconditional. similarity, temperature: score = <x, item> / temperature, "cosine"
     normalises both, "l2": -|x - item|^2 / temperature. samples: vectors per user; combine: their scores. seed: of the
     sampling. likelihood_steps: of the ODE behind `density_nats`, 0 leaves it out.
     """
@@ -87,7 +89,7 @@ class Config:
             "weight": diffusion.WEIGHTS,
             "denoiser": DENOISERS,
             "target": TARGETS,
-            "sampler": SAMPLERS,
+            "sampler": (*SAMPLERS, CLOSED_FORM),
             "similarity": SIMILARITIES,
             "combine": COMBINE,
         }
@@ -100,6 +102,10 @@ class Config:
         for name, most in (("drop", 1.0), ("ranking", 1.0), ("eta", 1.0)):
             if not 0.0 <= getattr(self, name) <= most:
                 raise ValueError(f"task.{name} = {getattr(self, name)}: expected a number from 0 to {most:g}")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """What does not fit together."""
         if bool(self.steps) != (self.process in diffusion.SCHEDULES):
             raise ValueError(
                 f"task.steps = {self.steps} with process {self.process!r}: expected T >= 1 for "
@@ -108,6 +114,11 @@ class Config:
         if self.temperature <= 0 or self.deviation <= 0:
             raise ValueError(
                 f"task.temperature = {self.temperature}, deviation = {self.deviation}: expected positive numbers"
+            )
+        if self.sampler == CLOSED_FORM and (self.denoiser, self.predicts) != ("mlp1", "x0"):
+            raise ValueError(
+                f"task.sampler = {CLOSED_FORM!r} with denoiser {self.denoiser!r} that predicts {self.predicts!r}: only "
+                "'mlp1' that predicts 'x0' has a closed form"
             )
         if self.guidance and not self.drop:
             raise ValueError(f"task.guidance = {self.guidance} needs an unconditional network: expected task.drop > 0")
@@ -134,7 +145,8 @@ class Task(next_item.Task):
         self.process: diffusion.Process = (
             diffusion.Chain(config.process, config.steps) if config.steps else diffusion.Continuous(config.process)
         )
-        self.how: dict[str, Any] = {"sampler": config.sampler, "steps": config.sampling_steps or None}
+        walked = "ddpm" if config.sampler == CLOSED_FORM else config.sampler
+        self.how: dict[str, Any] = {"sampler": walked, "steps": config.sampling_steps or None}
         self.how["eta"] = config.eta if config.sampler in ETA else None
         plan(self.process, **self.how)  # says what does not fit before anything is trained
 
@@ -223,17 +235,21 @@ class Task(next_item.Task):
         key: dropout of the encoder, None for none.
         """
         c, dim = self.config, lookup(self.catalogue, row_B[:1]).shape[-1]
-        denoise = self._denoise(model, lookup, batch, c.samples, key)
+        memory, null = self._memory(model, lookup, batch, c.samples, key)
         seed = jax.random.fold_in(jax.random.key(c.seed), NOISE_STREAM)
         each = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(seed, row), c.samples))
-        x = sample(denoise, self.process, each(row_B).reshape(-1), dim, **self.how)
+        keys_N = each(row_B).reshape(-1)
+        if c.sampler == CLOSED_FORM:
+            x = self._closed_form(model.head, memory, null, keys_N)
+        else:
+            x = sample(self._denoise(model.head, memory, null, c.samples), self.process, keys_N, dim, **self.how)
         return x.reshape(len(row_B), c.samples, dim)
 
     def density_nats(self, model, lookup: Callable, batch: dict, row_B: jax.Array) -> jax.Array:
         """-log density [B] of the vector of each row's target given its history, guided as in sampling."""
         target_B = batch["target"].max(axis=1)
         x0_BD = self.clean(lookup(self.catalogue, target_B))
-        denoise = self._denoise(model, lookup, batch, 1, None)
+        denoise = self._denoise(model.head, *self._memory(model, lookup, batch, 1, None), 1)
         seed = jax.random.fold_in(jax.random.key(self.config.seed), PROBE_STREAM)
         keys_B = jax.vmap(lambda row: jax.random.fold_in(seed, row))(row_B)
         return -log_likelihood(denoise, self.process, x0_BD, self.config.likelihood_steps, "hutchinson", keys_B)
@@ -260,22 +276,45 @@ class Task(next_item.Task):
             found_QKN = 2.0 * found_QKN - squares
         return COMBINE[c.combine](found_QKN, axis=1) / c.temperature
 
-    def _denoise(self, model, lookup, batch, samples: int, key) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """x [B * samples, D] and a time -> guided x0, for the one target of every row."""
+    def _memory(self, model, lookup, batch, samples: int, key) -> tuple[Any, Any]:
+        """What the denoiser remembers of every row, `samples` times, and of a row that is dropped."""
         rows = {name: lookup(*owned) for name, owned in self.wanted(batch).items()}
         slots_B1 = jnp.argmax(batch["target"] > 0, axis=1)[:, None]
         condition = self._condition(model, rows, batch, slots_B1, None, key)
-        memory, null, c = model.head.remember(condition.repeat(samples)), model.head.forget(), self.config
+        return model.head.remember(condition.repeat(samples)), model.head.forget()
+
+    def _denoise(self, head, memory, null, samples: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """x [B * samples, D] and a time -> guided x0, for the one target of every row."""
+        c = self.config
 
         def denoise(x_ND, t):
             x_BSD = x_ND.reshape(-1, samples, x_ND.shape[-1])
             time = self.process.embed_time(t).reshape(1, 1)
-            found = model.head(x_BSD, memory, time)
+            found = head(x_BSD, memory, time)
             if c.guidance:
-                found = diffusion.guided(found, model.head(x_BSD, null, time), c.guidance)
+                found = diffusion.guided(found, head(x_BSD, null, time), c.guidance)
             return diffusion.to_x0(c.predicts, found, x_BSD, self.process, t).reshape(x_ND.shape)
 
         return denoise
+
+    def _closed_form(self, head, memory_BSD, null_11D, keys_N) -> jax.Array:
+        """Samples [N, D] of the ddpm chain's own Gaussian, which `mlp1` has: x0^ = Wx x + (what it remembers) + k_t.
+
+        The mean is linear in what is remembered, so that one walk along the chain serves all users.
+        """
+        D = null_11D.shape[-1]
+        zero = jnp.zeros((1, 1, D))
+
+        def shifts(t):
+            of_time = head.affine(zero, self.process.embed_time(t).reshape(1, 1))[1].reshape(1, D)
+            return jnp.concatenate([jnp.eye(D), of_time])
+
+        weight = head.affine(zero, jnp.zeros((1, 1)))[0]
+        mean, covariance = affine_chain(weight, shifts, self.process, "ddpm", self.config.sampling_steps or None)
+        remembered = diffusion.guided(memory_BSD, null_11D, self.config.guidance).reshape(-1, D)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (D,)))(keys_N)
+        spread = jnp.linalg.cholesky(covariance + 1e-9 * jnp.trace(covariance) * jnp.eye(D))
+        return dot_products(remembered, mean[:D].T) + mean[D:] + dot_products(noise, spread)
 
     def _condition(self, model, rows, batch, slots_BS, dropped_BS, key, **how) -> Condition:
         x_BLD = sum((rows[name] for name in self._described(batch)), rows["history"])

@@ -111,16 +111,14 @@ def test_slots_hold_the_targets_of_a_row():
     np.testing.assert_allclose(a, b, rtol=0.05)  # one step of the schedule: x_t is nearly x0
 
 
-def test_samples_follow_the_closed_form_of_the_linear_denoiser():
+@pytest.mark.parametrize("sampler", ["ddpm", "closed_form"])
+def test_samples_follow_the_closed_form_of_the_linear_denoiser(sampler):
     """mlp1 is an affine Gaussian chain: mean and covariance of 8,192 guided samples, within 5 standard errors."""
     K = 8192
-    t = task(samples=K, guidance=1.5)
+    t = task(samples=K, guidance=1.5, sampler=sampler)
     model = network(t)
-    x = np.asarray(jax.jit(lambda: t.generate(model, lookup, ONE_EACH, ROWS))())
-    rows = rows_of(t, ONE_EACH)
-    slots = np.array([[1], [0], [2]])
-    memory = model.head.remember(t._condition(model, rows, ONE_EACH, slots, None, None))
-    null = model.head.forget()
+    x = np.asarray(jax.jit(lambda: t.generate(model, lookup, ONE_EACH, ROWS), compiler_options=QUICK)())
+    memory, null = t._memory(model, lookup, ONE_EACH, 1, None)
 
     def shift(time):
         time = jnp.asarray(time, jnp.float32).reshape(1, 1)
@@ -170,6 +168,7 @@ def test_scores_against_numpy(similarity, combine):
         ({"process": "straight"}, r"task.steps = 20 with process 'straight': expected T >= 1 for .* and 0 for"),
         ({"steps": 0}, r"task.steps = 0 with process 'exp'"),
         ({"drop": 0.0}, r"task.guidance = 2.0 needs an unconditional network: expected task.drop > 0"),
+        ({"sampler": "closed_form", "denoiser": "mlp2"}, r"task.sampler = 'closed_form' with denoiser 'mlp2' that"),
         ({"ranking": 1.5}, r"task.ranking = 1.5: expected a number from 0 to 1"),
         ({"samples": 0}, r"task.samples = 0: expected at least 1"),
         ({"temperature": 0.0}, r"task.temperature = 0.0, deviation = 1.0: expected positive numbers"),
