@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from recscale.scaling import recipes
 
 
-def _changed(base: ConfigDict, coordinate: str, value: int) -> ConfigDict:
+def _changed(base: ConfigDict, coordinate: str, value: float) -> ConfigDict:
     config = base.copy_and_resolve_references().unlock()
     config.cell.coordinates[coordinate] = value
     return config.lock()
@@ -134,6 +134,38 @@ def semantic_id_width(base: ConfigDict, width: int) -> ConfigDict:
     return config
 
 
+def diffusion_steps(base: ConfigDict, steps: int) -> ConfigDict:
+    """Diffusion axis: steps of the chain that is trained; the sampler takes all of them where it did in the base."""
+    config = _changed(base, "diffusion_steps", steps)
+    config.task.steps = steps
+    config.task.sampling_steps = min(base.task.sampling_steps, steps)
+    return config
+
+
+def diffusion_sampling(base: ConfigDict, sampler: str, steps: int) -> ConfigDict:
+    """Diffusion axis: the sampler and its steps; training is the base's."""
+    config = _changed(base, "sampling_steps", steps)
+    config.task.update({"sampler": sampler, "sampling_steps": steps})
+    return config
+
+
+def diffusion_guidance(base: ConfigDict, weight: float) -> ConfigDict:
+    """Diffusion axis: weight of the classifier-free guidance; training is the base's."""
+    config = _changed(base, "guidance", weight)
+    config.task.guidance = weight
+    return config
+
+
+def denoiser_width(base: ConfigDict, width: int) -> ConfigDict:
+    """Encoder axis of a diffusion recommender: width and feed-forward of its denoiser, heads of the same size."""
+    config = _changed(base, "denoiser_width", width)
+    was = base.task.width
+    if width * base.task.heads % was:
+        raise ValueError(f"width {width} does not divide into heads of {was // base.task.heads}: choose a multiple")
+    config.task.update({"width": width, "ffn": base.task.ffn * width // was, "heads": base.task.heads * width // was})
+    return config
+
+
 AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
     "table": {"rows": table_rows, "dim": table_dim, "kind": table_kind},
     "data": {"users": data_users, "events": data_events},
@@ -142,11 +174,18 @@ AXES: dict[str, dict[str, Callable[..., ConfigDict]]] = {
 }
 SEMANTIC_ID: dict[str, Callable[..., ConfigDict]] = {"codes": semantic_id_codes, "width": semantic_id_width}
 """A fifth axis, "semantic_id", of models that generate: codes of the items in place of an item table."""
+DIFFUSION: dict[str, Callable[..., ConfigDict]] = {
+    "steps": diffusion_steps,
+    "sampling": diffusion_sampling,
+    "guidance": diffusion_guidance,
+    "width": denoiser_width,
+}
+"""The axis "diffusion" of models that denoise; "width" belongs to the encoder."""
 
 
 def cell(config: ConfigDict, study: str, name: str, axes: Sequence[str], seed: int = 0) -> ConfigDict:
     """The config as a named cell of a study that belongs to `axes`; raises ValueError for an unknown axis."""
-    known = (*AXES, "semantic_id")
+    known = (*AXES, "semantic_id", "diffusion")
     unknown = set(axes) - set(known)
     if unknown:
         raise ValueError(f"cell {name!r}: unknown axes {sorted(unknown)}, expected some of {known}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import hstu_planted, tiger_beauty
+from configs import dreamrec_yc, hstu_planted, tiger_beauty
 from recscale.models import MODELS
 from recscale.scaling import axes, recipes
 from recscale.tasks import TASKS
@@ -100,6 +100,29 @@ def test_the_axis_of_generative_models_changes_what_it_says_and_nothing_else(nam
 def test_a_width_that_heads_of_their_size_do_not_divide_is_an_error():
     with pytest.raises(ValueError, match="width 100 does not divide into heads of 64"):
         axes.semantic_id_width(tiger_beauty.get_config(), 100)
+
+
+DENOISING = [
+    ("steps", (100,), {"diffusion_steps": 100}, {"task.steps": 100}),
+    ("sampling", ("ddim", 20), {"sampling_steps": 20}, {"task.sampler": "ddim", "task.sampling_steps": 20}),
+    ("guidance", (4.5,), {"guidance": 4.5}, {"task.guidance": 4.5}),
+    ("width", (256,), {"denoiser_width": 256}, {"task.width": 256, "task.ffn": 512, "task.heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "coordinates", "expected"), DENOISING)
+def test_the_axis_of_diffusion_changes_what_it_says_and_nothing_else(name, values, coordinates, expected):
+    start = dreamrec_yc.get_config()
+    cell = axes.DIFFUSION[name](start, *values)
+    noted = {f"cell.coordinates.{key}": value for key, value in coordinates.items()}
+    assert difference(start, cell) == pytest.approx(expected | noted)
+    Config(**cell.task)
+    assert axes.cell(cell, "study", "cell", ("diffusion",)).cell.axes == ("diffusion",)
+
+
+def test_a_denoiser_that_heads_of_their_size_do_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="width 100 does not divide into heads of 64"):
+        axes.denoiser_width(dreamrec_yc.get_config(), 100)
 
 
 def test_context_features_note_how_many():
