@@ -10,6 +10,7 @@ from configs import dreamrec_yc, hstu_planted, tiger_beauty
 from recscale.models import MODELS
 from recscale.scaling import axes, recipes
 from recscale.tasks import TASKS
+from recscale.tasks.denoising import Config
 
 STUDY = Path(__file__).resolve().parents[2] / "experiments" / "0001_four_axes_planted" / "study.py"
 
