@@ -4,7 +4,8 @@ Ranks, metrics and protocols are those of recscale/evaluate.py. What is added:
 
 * `hr@20/dreamrec_legacy`, ...: the protocol of DreamRec's own code. The encoder's dropout is on, the padding row
   competes (an untrained vector, drawn as the items' once were), of batches of 100 the last is left out where it is not
-  full, histories may be empty, seen items stay, one sample per user. Not comparable with the others.
+  full, histories may be empty, seen items stay, one sample per user by all steps of the chain. Not comparable with
+  the others, and the only ones that depend on eval.batch_size: by the dropout.
 * `density_nats`: -log density of the target's vector given its history, in nats per vector, by the probability-flow ODE
   (task.likelihood_steps). It is of a vector, not of an item, and moves with the scale of the vectors.
 * `spread`: 1 - cosine between two samples of a user, mean over pairs and users; `distinct`: different nearest items
@@ -84,7 +85,8 @@ def evaluate_denoised(
         if final and task.config.likelihood_steps:
             found["density_nats"] = _density(*arrays, placed, row_B, **how)
         if legacy:
-            found[f"rank/{LEGACY}"] = _legacy_rank(*arrays, placed, row_B, target_B, step, **how, block=c.block)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(task.config.seed), step), i)
+            found[f"rank/{LEGACY}"] = _legacy_rank(*arrays, placed, row_B, target_B, key, **how, block=c.block)
         found = {name: np.asarray(value)[at] for name, value in found.items()}
         parts.append(found | {"example": example, "row": row})
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -141,10 +143,9 @@ def _compared(x_BKD, nearest_BK):
     return {"spread": 1.0 - cosine, "distinct": distinct / K}
 
 
-def _legacy_rank(model, arrays, mixers, batch, row_B, target_B, step, *, tables, task, block):
-    """Ranks as the reference's code finds them, of its own sample; int32 [B]."""
+def _legacy_rank(model, arrays, mixers, batch, row_B, target_B, key, *, tables, task, block):
+    """Ranks as the reference's code finds them, of its own sample; int32 [B]. key: dropout."""
     one = task.alone
-    key = jax.random.fold_in(jax.random.key(task.config.seed), step)
     x_B1D = _generate(model, arrays, mixers, batch, row_B, key, tables=tables, task=one)
     how = {"tables": tables, "task": one}
     found = rank_catalogue(

@@ -17,7 +17,12 @@ from recscale.tasks.next_item import Task
 
 SPLITS = splits.SPLITS | {"cold_start": cold_start, "parts": parts}
 CHUNK = 1 << 22  # labels checked at a time
-CUTS = {"all": windows.in_windows, "prefixes": windows.prefixes}  # loader.window -> examples cut anew for training
+CUTS = {  # loader.window -> examples cut anew for training
+    "all": windows.in_windows,
+    "prefixes": windows.prefixes,
+    "last": lambda view, length: windows.first_apart(view),
+    "random": lambda view, length: windows.first_apart(view),
+}
 LABELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "binary": (lambda x: (x == 0) | (x == 1), "0 or 1"),
     "ordinal": (np.isfinite, "finite numbers"),
@@ -139,6 +144,14 @@ def _check_denoising(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loader: horizon = {c.horizon}, request_gap = {c.request_gap}, queries = {tuple(c.queries)}: task "
             "'denoising' generates the very next item from the history; use 0, 0 and ()"
+        )
+    t = config.task
+    asked = (t.sampler in ("ddpm", "closed_form"), t.sampling_steps in (0, t.steps), t.similarity == "dot")
+    if "dreamrec_legacy" in config.eval.protocols and not all(asked):
+        raise ValueError(
+            "eval.protocols: 'dreamrec_legacy' walks all steps of the chain by 'ddpm' ('closed_form' does too) and "
+            f"scores by 'dot'; found {t.sampler!r} in {t.sampling_steps} steps (0: all), scored by {t.similarity!r}: "
+            "take it out of eval.protocols"
         )
 
 

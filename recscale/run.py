@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import ml_collections
@@ -19,6 +19,7 @@ from recscale.layers.kinds import Table, information_abundance
 from recscale.mesh import REPLICATED, place_same
 from recscale.program import Program, check_config, draw_dense, draw_tables, parameters, program, shardings, task_of
 from recscale.semantic_ids import catalogue
+from recscale.tasks import denoising
 from recscale.tasks.next_item import FREQUENCY
 from recscale.tasks.semantic_id import CODES
 from recscale.warm_start import warm_start
@@ -131,7 +132,10 @@ def check_semantic_ids(run: Run, state: dict[str, Any]) -> None:
 
 
 def costs(run: Run, steps: int) -> dict[str, Any]:
-    """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding)."""
+    """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding).
+
+    Of a task that denoises also what a sample costs, `sampling` (tasks/denoising.py).
+    """
     c, dim = run.config, run.model_config.embed_dim
     tokens = run.loader.lengths * run.task.tokens_per_event + run.task.prefix
     lengths, counts = np.unique(tokens, return_counts=True)
@@ -145,6 +149,8 @@ def costs(run: Run, steps: int) -> dict[str, Any]:
     flops["train_total"] = sum(flops.values())
     flops["lookup_bytes"] = 4.0 * dim * epochs * run.loader.real_tokens * (1 + len(run.task.features))
     found = {"flops": flops, "parameters": parameters(run), "table": table_facts(run)}
+    if run.task.denoises:
+        found["sampling"] = cast(denoising.Task, run.task).sampling(dim)
     if run.task.generates:
         ids = semantic_ids(run, run.log)
         found["semantic_ids"] = {"sha256": ids.sha256, "sizes": list(ids.sizes)} | dict(ids.facts)

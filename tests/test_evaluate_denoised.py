@@ -1,15 +1,19 @@
 """What is sampled, against a plain ranking of the whole catalogue; the legacy protocol by hand."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
+from recscale import evaluate_denoised as evaluate_module
 from recscale import record
+from recscale.data.splits import View
 from recscale.data.windows import prefixes
 from recscale.evaluate import evaluate_split
 from recscale.evaluate_denoised import LEGACY, evaluate_denoised
+from recscale.layers.conditions import Condition
 from recscale.metrics import NonFiniteScore
 from recscale.reading import generation_loader
 from recscale.run import build, init_state
@@ -83,12 +87,34 @@ def test_rows_name_what_was_measured(run, found):
     assert set(np.round(3 * per_target["distinct"], 5)) <= {1.0, 2.0, 3.0}
 
 
-def test_the_legacy_protocol_lets_padding_compete(run, state, found):
-    """An untrained vector of padding may come first, so that a rank may be one more than the items."""
-    legacy = found[1][f"rank_{LEGACY}"]
-    assert legacy.min() >= 1 and legacy.max() <= run.log.num_items + 1
-    again = evaluate_split(run, state, "test", 0, True)[1][f"rank_{LEGACY}"]
-    assert np.array_equal(legacy, again)
+def test_the_legacy_protocol_lets_padding_compete(log):
+    """Without dropout and with one sample it is the clean one, but for an untrained vector that may come first."""
+    quiet = build(tiny_dreamrec(log, model__dropout=0.0, eval__protocols=("full", LEGACY)))
+    state, t = init_state(quiet), quiet.task
+    per_target = evaluate_split(quiet, state, "test", 0, True)[1]
+    where = {row: i for i, row in enumerate(per_target["row"])}
+    padding_D = t.config.deviation * np.asarray(jax.random.normal(jax.random.key(t.config.seed), (8,)))
+    wins = np.zeros(len(where), int)
+    for row, x_KD, scores_V in plain(quiet, state, quiet.views["test"]):
+        wins[where[row]] = x_KD[0] @ padding_D > scores_V[quiet.log.events["item_id"][row] - 1]
+    assert 0 < wins.mean() < 1
+    assert (per_target[f"rank_{LEGACY}"] - per_target["rank"] == wins).mean() > 0.98  # rounding may swap one
+
+
+def test_the_legacy_protocol_drops_out_anew_in_every_batch(run, state, found, monkeypatch):
+    """And the same again when it is asked again."""
+    keys, generate = [], evaluate_module._generate
+
+    def noted(*arguments, **how):
+        keys.append(arguments[-1])
+        return generate(*arguments, **how)
+
+    monkeypatch.setattr(evaluate_module, "_generate", noted)
+    again = evaluate_split(run, state, "test", 0, True)[1]
+    assert np.array_equal(again[f"rank_{LEGACY}"], found[1][f"rank_{LEGACY}"])
+    drawn = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys if key is not None]
+    assert len(set(drawn)) == len(drawn) == -(-130 // 16)
+    assert (found[1][f"rank_{LEGACY}"] != found[1]["rank"]).mean() > 0.5
 
 
 def test_neither_the_batch_nor_its_order_matters(log, state, found):
@@ -117,6 +143,7 @@ def test_a_run_is_recorded_with_both_protocols_and_what_is_left_of_the_vectors(l
     train(tiny_dreamrec(log, **ALL), tmp_path)
     book = record.read(tmp_path)
     assert book["status"] == "ok" and 0 < book["table"]["variance"] < 4 and book["parameters"]["head"] > 0
+    assert book["sampling"] == {"denoiser_calls": 12, "flops_per_target": 2 * 8**2 * (1 + 3 * 12)}
     assert book["config"]["eval"]["protocols"] == ["full", "unseen", LEGACY]
     assert {f"ndcg@1/{LEGACY}", "ndcg@1"} <= {row["metric"] for row in book["evaluations"]}
 
@@ -124,6 +151,9 @@ def test_a_run_is_recorded_with_both_protocols_and_what_is_left_of_the_vectors(l
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"eval__protocols": (LEGACY,), "task__sampler": "ddim"}, "'dreamrec_legacy' walks all .* 'ddim' in 0 steps"),
+        ({"eval__protocols": (LEGACY,), "task__sampling_steps": 3}, "'dreamrec_legacy' walks all .* 'ddpm' in 3 steps"),
+        ({"eval__protocols": (LEGACY,), "task__similarity": "cosine"}, "'dreamrec_legacy' .* scored by 'cosine'"),
         ({"loader__horizon": 60}, "loader: horizon = 60.*task 'denoising' generates the very next item"),
         ({"model_name": "tiger"}, "model_name = 'tiger' with task 'denoising': expected one of"),
     ],
@@ -131,3 +161,23 @@ def test_a_run_is_recorded_with_both_protocols_and_what_is_left_of_the_vectors(l
 def test_what_does_not_fit_is_named(log, changes, message):
     with pytest.raises(ValueError, match=message):
         build(tiny_dreamrec(log, **changes))
+
+
+def test_an_empty_history_is_the_encoders_constant(run, state):
+    """First events as targets: one condition for all of them, the bias of the encoder's last norm."""
+    log = dataclasses.replace(  # a history that begins with nothing has no times
+        run.log,
+        events={name: values for name, values in run.log.events.items() if name != "timestamp"},
+        columns={name: column for name, column in run.log.columns.items() if name != "timestamp"},
+    )
+    timeless, begin = dataclasses.replace(run, log=log), np.asarray(log.offsets[:-1], np.int64)
+    view = View("test", np.arange(len(begin), dtype=np.int32), begin, begin, begin + 1, empty_history=True)
+    batch = generation_loader(run.config, run.task, log, view)[0]
+    lookup = functools.partial(run.tables.lookup, state["tables"], state["mixers"])
+    memory = np.asarray(jax.jit(lambda batch: run.task._memory(state["model"], lookup, batch, 1, None)[0])(batch))
+    network = state["model"]
+    expected = network.head.remember(Condition(network.encoder.empty().reshape(1, 1, -1)))
+    np.testing.assert_allclose(memory, np.broadcast_to(expected, memory.shape), atol=1e-6)
+    rows, per_target = evaluate_denoised(timeless, state, view, final=True)
+    assert per_target["row"].tolist() == begin.tolist()
+    assert {row["n"] for row in rows if row["metric"] == "hr@5/unseen"} == {130}

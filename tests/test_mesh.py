@@ -13,7 +13,7 @@ from recscale.program import abstract_batch, abstract_state
 from recscale.run import build, init_state
 from recscale.step import make_train_step
 from tests.steps import NO_WARMUP, QUICK, on, train
-from tests.tiny_run import FULL, SAMPLED, make_log, tiny
+from tests.tiny_run import FULL, SAMPLED, make_log, tiny, tiny_dreamrec
 
 MESHES = ((1, 8, 1), (1, 2, 4), (1, 4, 2), (2, 2, 2))
 IN_BATCH = {"task__loss": "sampled", "task__negatives": 7, "task__sampler": "in_batch", "task__logq": "corrected"}
@@ -70,6 +70,21 @@ def test_the_loss_is_the_same_on_every_mesh(case, shapes, log):
 def test_every_loss_is_the_same_on_every_mesh(case, log):
     model, changes = CASES[case]
     assert_same(lambda shape: tiny(model, log, **NO_WARMUP, **on(shape), **changes), MESHES)
+
+
+@SLOW
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("denoiser", ["dit", "mlp1"])
+def test_a_denoiser_trains_the_same_on_every_mesh(denoiser, large, log, monkeypatch):
+    """Times, noise and dropped conditions included; large: with matrices spread over "model"."""
+    changes = {"task__denoiser": denoiser, "task__ranking": 0.5, "task__width": 16, "task__ffn": 16, "task__depth": 2}
+
+    def config_of(shape):
+        if large:
+            monkeypatch.setattr(layouts, "LARGE", 220 if np.prod(shape) > 1 else 1 << 30)
+        return tiny_dreamrec(log, **changes, **on(shape))
+
+    assert_same(config_of, ((1, 2, 4) if large else (2, 2, 2),))
 
 
 @pytest.mark.parametrize("loss", [SAMPLED, pytest.param(FULL, marks=SLOW)], ids=["sampled", "full"])

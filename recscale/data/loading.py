@@ -190,7 +190,8 @@ class Loader:
         if self._window == "spans":
             rng = np.random.default_rng((self.seed, WINDOW_STREAM, epoch))
             target = rng.integers(self._target_start, self._stop)
-            count = 1 + rng.integers(np.minimum(target - self._start, self._all))
+            begin = np.where(target > self._target_start, self._begin, self._start)  # a blank slot stands alone
+            count = 1 + rng.integers(np.minimum(target - begin, self._all))
             return _Epoch(epoch, rows, target - count, count, target)
         return _Epoch(epoch, rows, self._start + skip, self._count, self._target_start)
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from recscale.data.event_log import EventLog, EventLogError
 from recscale.data.splits import View, check_no_leak
-from recscale.data.windows import prefixes
+from recscale.data.windows import first_apart, prefixes
 
 PART = "part"
 PARTS = ("train", "val", "test")
@@ -19,7 +19,7 @@ def parts(
     validate; test is as the source says, and `dropped` of train and val says so. With a train part nothing is held out,
     and held_out and seed are not read. history: val and test have one example per target, with the last `history`
     events before it (0: one example per user); training is cut by the loader. first_events: a user's first event is a
-    target too, of an empty history; else it is counted in `dropped`.
+    target too, of an empty history (in val and test an example of its own); else it is counted in `dropped`.
     Raises EventLogError: no such column, a val or test part that is missing, a share that leaves a side empty.
     """
     if PART not in log.users:
@@ -45,7 +45,9 @@ def parts(
     check_no_leak(log, views)
     if history < 0:
         raise EventLogError(f"split parts: history={history}, expected 0 (one example per user) or more.")
-    return {name: prefixes(view, history) if history and name != "train" else view for name, view in views.items()}
+    for name in PARTS[1:]:
+        views[name] = prefixes(views[name], history) if history else first_apart(views[name])
+    return views
 
 
 def _shared(val_U: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ def in_windows(view: View, length: int) -> View:
     """
     if length < 1:
         raise EventLogError(f"in_windows: length={length}, expected at least 1.")
+    view = first_apart(view)
     begin = view.start - (view.start == view.target_start)  # an empty history takes a slot
     counts = -(-(view.stop - 1 - begin) // length)
     example = np.repeat(np.arange(len(view)), counts)
@@ -27,6 +28,22 @@ def in_windows(view: View, length: int) -> View:
     kept = target_start < stop  # a run of history only has nothing to train on
     return dataclasses.replace(
         view, user=view.user[example][kept], start=start[kept], target_start=target_start[kept], stop=stop[kept]
+    )
+
+
+def first_apart(view: View) -> View:
+    """A target of an empty history as an example of its own, the others of its user as one that begins with the event.
+
+    Else the blank slot would stand before all events and move them one position on, which `prefixes` does not.
+    """
+    divided = (view.start == view.target_start) & (view.stop > view.target_start + 1)
+    example = np.repeat(np.arange(len(view)), 1 + divided)
+    first = np.append(example[:-1] == example[1:], [False])[: len(example)]
+    rest = divided[example] & ~first
+    target_start = view.target_start[example] + rest
+    stop = np.where(first, target_start + 1, view.stop[example])
+    return dataclasses.replace(
+        view, user=view.user[example], start=view.start[example], target_start=target_start, stop=stop
     )
 
 

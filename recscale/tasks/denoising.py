@@ -38,6 +38,7 @@ TARGETS = ("trainable", "detached")
 SIMILARITIES = ("dot", "cosine", "l2")
 COMBINE = {"mean": jnp.mean, "max": jnp.max}
 CLOSED_FORM = "closed_form"  # of the samplers: "ddpm" without walking the chain, for denoiser "mlp1"
+STATES = 32  # of a history, as FLOPs of "dit" are counted
 NOISE_STREAM, PROBE_STREAM = 0, 1
 
 
@@ -120,6 +121,15 @@ class Config:
                 f"task.sampler = {CLOSED_FORM!r} with denoiser {self.denoiser!r} that predicts {self.predicts!r}: only "
                 "'mlp1' that predicts 'x0' has a closed form"
             )
+        if self.sampler == "langevin" and not self.eta:
+            raise ValueError(
+                f"task.eta = {self.eta} with sampler 'langevin': its steps would stand still; expected above 0, usual "
+                f"is {ETA['langevin']}"
+            )
+        if self.steps and self.likelihood_steps > self.steps:
+            raise ValueError(
+                f"task.likelihood_steps = {self.likelihood_steps}: expected at most task.steps = {self.steps}"
+            )
         if self.guidance and not self.drop:
             raise ValueError(f"task.guidance = {self.guidance} needs an unconditional network: expected task.drop > 0")
 
@@ -176,7 +186,25 @@ class Task(next_item.Task):
     def head_flops(self, dim: int) -> float:
         """Forward FLOPs of the denoiser per target of a step; "dit" as if it read 32 states."""
         kind, shape, passes = self.config.denoiser, self.shape(dim), 2 if self.config.ranking else 1
-        return passes * denoisers.flops(kind, shape, states=32) + denoisers.memory_flops(kind, shape)
+        return passes * denoisers.flops(kind, shape, states=STATES) + denoisers.memory_flops(kind, shape)
+
+    def sampling(self, dim: int) -> dict[str, float]:
+        """What the vectors of one target cost to draw: passes through the denoiser per sample, and forward FLOPs.
+
+        The encoder and the ranking are not in it, nor what follows from the time alone, which all targets share; "dit"
+        as if it read 32 states.
+        """
+        c, kind, shape = self.config, self.config.denoiser, self.shape(dim)
+        calls = 0 if c.sampler == CLOSED_FORM else plan(self.process, **self.how).calls * (2 if c.guidance else 1)
+        shared = denoisers.time_flops(shape)
+        if kind in ("mlp1", "mlp2"):
+            shared += denoisers.memory_flops(kind, shape)  # a layer's products with the time cost what those with h do
+        walk = calls * (denoisers.flops(kind, shape, states=STATES) - shared)
+        each = walk if calls else 2 * 2.0 * dim * dim  # the mean of what is remembered, and the noise
+        return {
+            "denoiser_calls": calls,
+            "flops_per_target": denoisers.memory_flops(kind, shape, STATES) + c.samples * each,
+        }
 
     def draw(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         """The batch: the noise is drawn in the loss."""
@@ -185,8 +213,11 @@ class Task(next_item.Task):
 
     def wanted(self, batch: dict[str, jax.Array]) -> dict[str, tuple[str, jax.Array]]:
         """What a step touches: history, features and targets."""
-        ids = {"history": (self.catalogue, batch["item_id"]), "target": (self.catalogue, batch["target"])}
-        return ids | self._described(batch)
+        return self._read(batch) | {"target": (self.catalogue, batch["target"])}
+
+    def _read(self, batch) -> dict[str, tuple[str, jax.Array]]:
+        """What a condition is made from: history and features."""
+        return {"history": (self.catalogue, batch["item_id"])} | self._described(batch)
 
     def clean(self, vectors: jax.Array) -> jax.Array:
         """Vectors [..., D] of the item table as the process begins with them."""
@@ -215,7 +246,7 @@ class Task(next_item.Task):
 
         def error(x0):
             x = diffusion.diffused(x0, noise_BSD, self.process, time_BS)
-            found = model.head(x, memory, self.process.embed_time(time_BS))
+            found = model.head(x, memory, self.process.embed_time(time_BS), **how)
             wanted = diffusion.target(c.predicts, x0, noise_BSD, self.process, time_BS)
             return diffusion.WEIGHTS[c.weight](c.predicts, self.process, time_BS) * jnp.square(found - wanted).mean(-1)
 
@@ -234,7 +265,7 @@ class Task(next_item.Task):
 
         key: dropout of the encoder, None for none.
         """
-        c, dim = self.config, lookup(self.catalogue, row_B[:1]).shape[-1]
+        c, dim = self.config, model.head.config.dim
         memory, null = self._memory(model, lookup, batch, c.samples, key)
         seed = jax.random.fold_in(jax.random.key(c.seed), NOISE_STREAM)
         each = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(seed, row), c.samples))
@@ -278,7 +309,7 @@ class Task(next_item.Task):
 
     def _memory(self, model, lookup, batch, samples: int, key) -> tuple[Any, Any]:
         """What the denoiser remembers of every row, `samples` times, and of a row that is dropped."""
-        rows = {name: lookup(*owned) for name, owned in self.wanted(batch).items()}
+        rows = {name: lookup(*owned) for name, owned in self._read(batch).items()}
         slots_B1 = jnp.argmax(batch["target"] > 0, axis=1)[:, None]
         condition = self._condition(model, rows, batch, slots_B1, None, key)
         return model.head.remember(condition.repeat(samples)), model.head.forget()
@@ -313,7 +344,9 @@ class Task(next_item.Task):
         mean, covariance = affine_chain(weight, shifts, self.process, "ddpm", self.config.sampling_steps or None)
         remembered = diffusion.guided(memory_BSD, null_11D, self.config.guidance).reshape(-1, D)
         noise = jax.vmap(lambda key: jax.random.normal(key, (D,)))(keys_N)
-        spread = jnp.linalg.cholesky(covariance + 1e-9 * jnp.trace(covariance) * jnp.eye(D))
+        # Its root by eigenvalues: a denoiser that keeps few directions makes it singular, where Cholesky has no answer.
+        values, vectors = jnp.linalg.eigh(covariance)
+        spread = dot_products(vectors * jnp.sqrt(jnp.maximum(values, 0.0)).reshape(1, -1), vectors)
         return dot_products(remembered, mean[:D].T) + mean[D:] + dot_products(noise, spread)
 
     def _condition(self, model, rows, batch, slots_BS, dropped_BS, key, **how) -> Condition:

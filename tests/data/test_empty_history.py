@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs import dreamrec_yc
+from recscale import program, reading
 from recscale.data import splits, windows
 from recscale.data.event_log import Column, EventLog, EventLogError
 from recscale.data.loading import Loader, targets_of
@@ -73,8 +75,27 @@ def test_windows_have_every_target_once_and_one_blank_slot_a_user(log, whole):
             blank = [targets[0] for items, targets in found if items[0] == 0]
             assert sorted(blank) == (OFFSETS[:-1] + 1).tolist()
             for items, targets in found:
-                assert 0 not in items[1:] and len(items) <= length
+                assert (items == [0] or 0 not in items) and len(items) <= length
                 assert all(t == i + 1 for i, t in zip(items, targets, strict=True) if t and i)
+
+
+@pytest.mark.parametrize("window", ["last", "random", "all", "prefixes", "spans"])
+def test_training_and_evaluation_have_an_event_at_the_same_position(log, whole, window):
+    """The blank slot is alone wherever it is: no event of a user stands one further in training than it will later."""
+    length = int(LENGTHS.max())
+    config = dreamrec_yc.get_config().unlock()
+    config.loader.update({"window": window, "length": length, "row_length": 0, "layout": "padded", "segments": 0})
+    loader = reading.train_loader(config, program.task_of(config, log.num_items), log, whole)
+    batches = [loader[i] for i in range(200)]
+    drawn = [example for batch in batches for example in examples(batch)]
+    assert {target for _, targets in drawn for target in targets if target} == set(log.events["item_id"].tolist())
+    assert all(items == [0] or 0 not in items for items, _ in drawn)
+    if window in ("last", "all", "prefixes"):  # the whole history fits, so that an event is where evaluation has it
+        for batch in batches[:10]:
+            real = batch["item_id"] > 0
+            row = batch["item_id"][real] - 1
+            begins = OFFSETS[np.searchsorted(OFFSETS, row, side="right") - 1]
+            assert np.array_equal(batch["positions"][real], row - begins)
 
 
 def test_shuffled_epochs_have_the_same_examples_and_spans_know_the_blank_slot(log, whole):

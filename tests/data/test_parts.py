@@ -66,11 +66,21 @@ def test_first_events_are_targets_of_empty_histories():
     for name, view in parts(log, first_events=True).items():
         mine = np.flatnonzero(log.users["part"] == name)
         assert splits.target_rows(view).tolist() == targets(log, mine, skip=0)
-        assert not view.dropped and (view.start == view.target_start).all()
+        assert not view.dropped and (view.start == view.target_start).sum() == len(mine)
         one_each = windows.prefixes(view, 4)
         splits.check_view(log, one_each)
         lengths = one_each.target_start - one_each.start
         assert lengths.tolist() == [min(k, 4) for u in mine for k in range(log.lengths[u])]
+
+
+def test_the_first_event_is_an_example_of_its_own_in_evaluation():
+    """Else the slot before it would move all events after it, which training has without."""
+    log = mixed("train", "val", "test")
+    for view in (parts(log, first_events=True)[name] for name in ("val", "test")):
+        splits.check_view(log, view)
+        empty = view.start == view.target_start
+        assert (view.stop[empty] == view.start[empty] + 1).all()
+        assert (view.start[~empty] + 1 == view.target_start[~empty]).all() and (~empty).any()
 
 
 def test_evaluation_may_have_one_example_per_target():

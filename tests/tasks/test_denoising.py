@@ -1,7 +1,5 @@
 """The denoising task: what its loss sees, what its samples follow, and how they are scored."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,20 +82,24 @@ def test_detached_targets_take_no_gradient():
     assert not np.asarray(found["target"]).any() and np.asarray(found["history"]).any()
 
 
+def errors_by_hand(t: Task, model, batch, x0) -> np.ndarray:
+    """|x0 - f(x_t)|^2 / D of these clean vectors, with the noise and the times of the loss."""
+    keys = jax.random.split(jax.random.key(5), 4)
+    time = jax.random.randint(keys[2], (1, LENGTH), 0, 20)
+    abar = t.process.table.abar[np.asarray(time)][..., None]
+    x = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * np.asarray(jax.random.normal(keys[3], x0.shape))
+    h = model.encoder(rows_of(t, batch)["history"], batch)
+    head = model.head
+    joined = jnp.concatenate([jnp.asarray(x, jnp.float32), h, head.time(time.astype(jnp.float32), "float32")], axis=-1)
+    return np.square(np.asarray(head.out(joined)) - x0).mean(axis=-1)
+
+
 def test_the_loss_is_the_plain_formula():
     """x0 and weight 1: mean over targets of |x0 - f(x_t)|^2 / D, computed here by hand."""
     t = task(**ALWAYS)
-    model, keys = network(t), jax.random.split(jax.random.key(5), 4)
-    rows = rows_of(t, BATCH)
+    model, rows = network(t), rows_of(t, BATCH)
     loss = jax.jit(loss_of_rows(t, model, BATCH), compiler_options=QUICK)(rows)
-    time = jax.random.randint(keys[2], (1, LENGTH), 0, 20)
-    abar = t.process.table.abar[np.asarray(time)][..., None]
-    x0 = np.asarray(rows["target"])
-    x = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * np.asarray(jax.random.normal(keys[3], x0.shape))
-    h = model.encoder(rows["history"], BATCH)
-    head = model.head
-    joined = jnp.concatenate([jnp.asarray(x, jnp.float32), h, head.time(time.astype(jnp.float32), "float32")], axis=-1)
-    error = np.square(np.asarray(head.out(joined)) - x0).mean(axis=-1)
+    error = errors_by_hand(t, model, BATCH, np.asarray(rows["target"]))
     np.testing.assert_allclose(loss, error[BATCH["target"] > 0].mean(), rtol=1e-5)
 
 
@@ -173,6 +175,8 @@ def test_scores_against_numpy(similarity, combine):
         ({"samples": 0}, r"task.samples = 0: expected at least 1"),
         ({"temperature": 0.0}, r"task.temperature = 0.0, deviation = 1.0: expected positive numbers"),
         ({"sampling_steps": 21}, r"sampler steps: found 21, expected 1 to 20"),
+        ({"likelihood_steps": 21}, r"task.likelihood_steps = 21: expected at most task.steps = 20"),
+        ({"sampler": "langevin", "eta": 0.0}, r"task.eta = 0.0 with sampler 'langevin': its steps would stand still"),
     ],
 )
 def test_a_wrong_choice_is_named(changes, message):
@@ -181,9 +185,69 @@ def test_a_wrong_choice_is_named(changes, message):
 
 
 def test_the_ranking_term_wants_the_own_target_found_better():
-    """With r = 1 the loss is log 2 where both errors are equal, and it falls as the other one grows."""
-    t = task(ranking=1.0, **ALWAYS)
-    same = BATCH | {"target": np.full_like(BATCH["target"], 4) * (BATCH["target"] > 0)}
+    """(1 - r) error + r log(1 + exp(error - error of the others' mean)), by hand; log 2 where all agree."""
+    t = task(ranking=0.25, **ALWAYS)
+    model, rows, real = network(t), rows_of(t, BATCH), BATCH["target"] > 0
+    x0 = np.asarray(rows["target"])
+    others = (x0[real].sum(axis=0) - x0) / (real.sum() - 1)
+    error, worse = (errors_by_hand(t, model, BATCH, x) for x in (x0, others))
+    expected = 0.75 * error + 0.25 * np.log1p(np.exp(error - worse))
+    found = jax.jit(loss_of_rows(t, model, BATCH), compiler_options=QUICK)(rows)
+    np.testing.assert_allclose(found, expected[real].mean(), rtol=1e-5)
+    alone = task(ranking=1.0, **ALWAYS)
+    same = BATCH | {"target": np.full_like(BATCH["target"], 4) * real}
+    np.testing.assert_allclose(loss_of_rows(alone, model, same)(rows_of(t, same)), np.log(2), rtol=1e-5)
+
+
+def test_the_blocks_of_the_denoiser_are_wrapped_as_those_of_the_encoder():
+    """What gathers weights over the mesh and says what is kept for the backward pass."""
+    t, wrapped = task(denoiser="adaln"), []
+
+    def wrap(body):
+        wrapped.append(body)
+        return body
+
+    jax.eval_shape(lambda rows: t.loss(network(t), rows, BATCH, jax.random.key(0), wrap=wrap)[0], rows_of(t, BATCH))
+    assert len(wrapped) == 1  # DreamRec's encoder has one block and wraps nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls", "passes"),
+    [
+        ({}, 20, 2),
+        ({"guidance": 0.0}, 20, 1),
+        ({"sampler": "ode", "sampling_steps": 5}, 9, 2),
+        ({"sampler": "closed_form"}, 0, 0),
+    ],
+)
+def test_the_cost_of_a_sample_counts_every_pass_of_the_denoiser(changes, calls, passes):
+    """By hand for mlp1: x times D x D in every pass; closed form: two products in place of the chain."""
+    t = task(samples=3, **changes)
+    remembered = 2 * DIM**2
+    each = calls * passes * 2 * DIM**2 if calls else 2 * 2 * DIM**2
+    assert t.sampling(DIM) == {"denoiser_calls": calls * passes, "flops_per_target": remembered + 3 * each}
+
+
+def test_a_sample_is_drawn_without_a_look_at_its_target():
+    t, asked = task(), []
+
+    def noted(table: str, ids) -> jax.Array:
+        asked.append(np.asarray(ids))
+        return lookup(table, ids)
+
+    t.generate(network(t), noted, ONE_EACH, ROWS)
+    assert set(np.concatenate([ids.ravel() for ids in asked])) == set(ONE_EACH["item_id"].ravel())
+
+
+def test_the_closed_form_serves_a_denoiser_that_keeps_one_direction():
+    """Its covariance is singular: samples are finite, and on a line."""
+    t = task(samples=64, sampler="closed_form")
     model = network(t)
-    np.testing.assert_allclose(loss_of_rows(t, model, same)(rows_of(t, same)), np.log(2), rtol=1e-5)
-    assert dataclasses.replace(t.config, ranking=0.0) != t.config
+    line = np.array([1.0, 0.7, -0.3, 0.1], np.float32)
+    kernel = model.head.out.kernel[...]
+    model.head.out.kernel[...] = kernel.at[:DIM].set(np.outer(line, 0.9 * line / (line @ line)))
+    x = np.asarray(jax.jit(lambda: t.generate(model, lookup, ONE_EACH, ROWS), compiler_options=QUICK)())
+    assert np.isfinite(x).all()
+    across = x - x.mean(axis=1, keepdims=True)
+    values = np.linalg.svd(across[0], compute_uv=False)
+    assert values[1] < 1e-2 * values[0]
