@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recscale.layers.counter_noise import normal
 from recscale.layers.diffusion import Process
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # (x_ND float32, one time) -> x0_ND, guidance already in it
@@ -154,24 +155,21 @@ def sample(
 ) -> jax.Array:
     """One sample per key, float32 [N, dim].
 
-    The noise of row n is normal(fold_in(keys_N[n], i)), i = 0 for the start and 1, 2, .. for the calls after it: a
-    row's sample depends neither on the rows beside it nor on the mesh, and memory does not grow with the steps.
+    The noise of row n is counter_noise.normal of keys_N[n] and i, i = 0 for the start and 1, 2, .. for the calls after
+    it: a row's sample depends neither on the rows beside it nor on the mesh, and memory does not grow with the steps.
     steps, eta, errors: see `plan`.
     """
     rows = plan(process, sampler, steps, eta)
     random = bool(rows.noise_R.any())
-
-    def normal(number):
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), (dim,), jnp.float32))(keys_N)
 
     def call(carry, row):
         x_ND, before_ND = carry
         time, keep, clean, before, noise, number = row
         x0_ND = denoise(x_ND, time).astype(jnp.float32)
         x_ND = keep * x_ND + clean * x0_ND + before * before_ND
-        return (x_ND + noise * normal(number) if random else x_ND, x0_ND), None
+        return (x_ND + noise * normal(keys_N, number, dim) if random else x_ND, x0_ND), None
 
-    start_ND = rows.start * normal(0)
+    start_ND = rows.start * normal(keys_N, 0, dim)
     (x_ND, _), _ = jax.lax.scan(call, (start_ND, jnp.zeros_like(start_ND)), _scanned(rows, jnp.float32))
     return x_ND
 

@@ -13,6 +13,7 @@ from recscale.layers.hashed_dropout import hash_bits
 from recscale.mesh import BATCH, make_mesh
 
 N, STEPS, D = 1024, 64, 64
+DRAW = jax.jit(normal, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_every_row_and_every_step_is_standard_normal(noise):
 
 
 def test_no_two_dimensions_rows_or_steps_go_together(noise):
-    """Correlations of entries, and of their squares, within Monte-Carlo error: the largest of n as n normals have it."""
+    """Correlations of entries, and of their squares, are within Monte-Carlo error, the largest of all pairs too."""
     for values in (noise, (np.square(noise) - 1) / np.sqrt(2)):
         for axis in range(3):
             columns = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])[:, :256]
@@ -68,34 +69,35 @@ def test_no_two_dimensions_rows_or_steps_go_together(noise):
 
 def test_radius_and_angle_against_float64():
     keys_N = jax.random.split(jax.random.key(1), 300)
-    words = jax.vmap(lambda key: hash_bits(jax.random.fold_in(key, 7), (2, 50)))(keys_N)
+    words = jax.jit(jax.vmap(lambda key: hash_bits(jax.random.fold_in(key, 7), (2, 50))))(keys_N)
     first, second = np.asarray(words[:, 0], np.int64), np.asarray(words[:, 1], np.int64)
     u = (2 * (first >> (32 - RADIUS_BITS)) + 1) / 2.0**24
     expected = np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * second / 2.0**32)
-    np.testing.assert_allclose(normal(keys_N, 7, 50), expected, atol=3e-6)
+    np.testing.assert_allclose(DRAW(keys_N, 7, 50), expected, atol=3e-6)
 
 
 def test_the_ends_of_both_words():
     """u nearest to 0 and to 1 (a logarithm above 0 would be NaN), and the quarters of a turn."""
+    radius, cosine = jax.jit(counter_noise._radius), jax.jit(counter_noise._cosine)
     ends = jnp.array([0, 2**9 - 1, 2**32 - 1, 2**32 - 2**9], jnp.uint32)
     expected = np.sqrt(-2 * np.log([2.0**-24, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-24]))
-    np.testing.assert_allclose(counter_noise._radius(ends), expected, rtol=1e-6)
-    every = np.asarray(counter_noise._radius(jnp.arange(2**32 - 2**21, 2**32, 2**9, dtype=jnp.uint32)))
+    np.testing.assert_allclose(radius(ends), expected, rtol=1e-6)
+    every = np.asarray(radius(jnp.arange(2**32 - 2**21, 2**32, 2**9, dtype=jnp.uint32)))
     assert (every > 0).all()
     quarters = jnp.array([0, 2**30, 2**31, 3 * 2**30], jnp.uint32)
-    np.testing.assert_allclose(counter_noise._cosine(quarters), [1, 0, -1, 0], atol=2e-7)
+    np.testing.assert_allclose(cosine(quarters), [1, 0, -1, 0], atol=2e-7)
 
 
 def test_an_entry_depends_on_key_and_step_alone():
-    keys_N, draw = jax.random.split(jax.random.key(2), 16), jax.jit(normal, static_argnums=2)
-    z = draw(keys_N, 3, 8)
+    keys_N = jax.random.split(jax.random.key(2), 16)
+    z = DRAW(keys_N, 3, 8)
     assert z.shape == (16, 8) and z.dtype == jnp.float32
-    np.testing.assert_array_equal(z, draw(keys_N, 3, 8))
-    np.testing.assert_array_equal(z[::-1], draw(keys_N[::-1], 3, 8))
-    np.testing.assert_allclose(z[5:6], draw(keys_N[5:6], 3, 8), atol=1e-6)
+    np.testing.assert_array_equal(z, DRAW(keys_N, 3, 8))
+    np.testing.assert_array_equal(z[::-1], DRAW(keys_N[::-1], 3, 8))
+    np.testing.assert_allclose(z[5:6], DRAW(keys_N[5:6], 3, 8), atol=1e-6)
     with jax.set_mesh(mesh := make_mesh(1, 4, 2)):
-        spread = draw(jax.device_put(keys_N, NamedSharding(mesh, BATCH)), 3, 8)
+        spread = DRAW(jax.device_put(keys_N, NamedSharding(mesh, BATCH)), 3, 8)
     assert spread.sharding.num_devices == 8
     np.testing.assert_allclose(z, spread, atol=1e-6)
-    for other in (draw(keys_N, 4, 8), draw(jax.random.split(jax.random.key(3), 16), 3, 8)):
+    for other in (DRAW(keys_N, 4, 8), DRAW(jax.random.split(jax.random.key(3), 16), 3, 8)):
         assert (np.abs(np.asarray(z - other)) > 1e-6).all()

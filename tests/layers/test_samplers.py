@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from recscale.layers import samplers
+from recscale.layers.counter_noise import normal
 from recscale.layers.diffusion import Chain, Continuous
 from recscale.layers.diffusion_oracles import catalogue_x0, gaussian_affine
 from recscale.layers.samplers import SAMPLERS, affine_chain, plan, sample
@@ -167,7 +168,7 @@ def test_deterministic_samplers_differ_only_by_their_start():
     process, key = Chain("exp", 50), jax.random.key(3)
     for sampler, noise in (("ddim", False), ("ode", False), ("ddpm", True), ("sde", True), ("langevin", True)):
         assert plan(process, sampler).noise_R.any() == noise
-    start_ND = jax.random.normal(jax.random.fold_in(key, 0), (4,))[None]
+    start_ND = normal(key[None], 0, 4)
     # The only step of a grid is to the data, and lands where the denoiser says: here, where it started.
     np.testing.assert_array_equal(sample(lambda x, t: x, process, key[None], 4, "ddim", 1), start_ND)
     assert plan(process, "ode", 3).time_R.tolist() == [49, 32, 32, 16, 16]
