@@ -28,7 +28,7 @@ def config(**changes):
         ({"model_name": "hsut"}, r"model_name = 'hsut': expected one of"),
         ({"task_name": "next"}, r"task_name = 'next': expected one of"),
         ({"loader__window": "first"}, r"loader\.window = 'first': expected one of \('last', 'random', 'all', "),
-        ({"eval__protocols": ("full", "unsen")}, r"eval\.protocols = 'unsen': expected one of \('full', 'unseen'\)"),
+        ({"eval__protocols": ("full", "unsen")}, r"eval\.protocols = 'unsen': expected one of \('full', 'unseen', "),
         ({"table__optimizer": "adamw"}, r"table\.optimizer = 'adamw': expected one of .*'frozen'"),
         ({"train__select": "ndcg@10"}, r"train\.select = 'ndcg@10': expected 'METRIC max' or 'METRIC min'"),
         ({"train__patience": 3}, r"train\.patience needs train\.select"),

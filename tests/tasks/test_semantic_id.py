@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recscale.models import tiger, tiger_decoder
+from recscale.tasks.next_item import slots
 from recscale.tasks.semantic_id import CODES, Config, Task
 
 ITEMS, Q, K, DIM = 9, 3, 4, 8
@@ -125,9 +126,9 @@ def test_label_smoothing_mixes_in_the_mean_over_the_codes():
         codes = np.full((ITEMS + 1, Q), code, np.float32)
         t = task()
         rows = {name: lookup(*owned) for name, owned in t.wanted(BATCH).items()}
-        slots, logits = t._slots(jnp.asarray(BATCH["target"])), None
+        slots_BS = slots(jnp.asarray(BATCH["target"]), t.segments)
         next_BLQ = t._next(rows["history"].astype(int), rows["target"].astype(int), BATCH)
-        logits = model(t.history(rows, BATCH), next_BLQ, slots, None)
+        logits = model(t.history(rows, BATCH), next_BLQ, slots_BS, None)
         log_p = jax.nn.log_softmax(logits, axis=-1)
         uniform.append(-float(log_p[0, [2, 4]][:, :, int(codes[0, 0])].sum(-1).mean()))
     np.testing.assert_allclose(
