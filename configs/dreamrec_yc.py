@@ -5,7 +5,7 @@ Paper     arXiv 2310.20453; T 500, schedule exp, lr .001, guidance 2, denoiser m
           validation and test parts are public: not comparable with a run of this config
 Data      python -m recscale.data.prepare --dataset=dreamrec-yc --source=DIR --out=logs/dreamrec-yc
 Command   python -m recscale.train --config=configs/dreamrec_yc.py --workdir=runs/dreamrec_yc
-Hardware  2 CPU cores, about .2 s a step
+Hardware  2 CPU cores, a few hundredths of a second a step
 """
 
 from ml_collections import ConfigDict
