@@ -140,19 +140,24 @@ def _check_denoising(config: ml_collections.ConfigDict) -> None:
         if "dreamrec_legacy" in config.eval.protocols:
             raise ValueError(f"eval.protocols: 'dreamrec_legacy' is for task 'denoising', found task {task!r}")
         return
-    if c.horizon or c.request_gap or c.queries:
+    if c.horizon or c.request_gap or c.queries or c.alpha < 2.0:
         raise ValueError(
-            f"loader: horizon = {c.horizon}, request_gap = {c.request_gap}, queries = {tuple(c.queries)}: task "
-            "'denoising' generates the very next item from the history; use 0, 0 and ()"
+            f"loader: horizon = {c.horizon}, request_gap = {c.request_gap}, queries = {tuple(c.queries)}, alpha = "
+            f"{c.alpha}: task 'denoising' generates the very next item from the whole history; use 0, 0, () and 2.0"
         )
     t = config.task
-    asked = (t.sampler in ("ddpm", "closed_form"), t.sampling_steps in (0, t.steps), t.similarity == "dot")
-    if "dreamrec_legacy" in config.eval.protocols and not all(asked):
+    if "dreamrec_legacy" in config.eval.protocols and not legacy_fits(t):
         raise ValueError(
             "eval.protocols: 'dreamrec_legacy' walks all steps of the chain by 'ddpm' ('closed_form' does too) and "
             f"scores by 'dot'; found {t.sampler!r} in {t.sampling_steps} steps (0: all), scored by {t.similarity!r}: "
             "take it out of eval.protocols"
         )
+
+
+def legacy_fits(task: ml_collections.ConfigDict) -> bool:
+    """Whether settings of task "denoising" sample and score as protocol "dreamrec_legacy" does."""
+    sampler, steps = task.sampler in ("ddpm", "closed_form"), task.sampling_steps in (0, task.steps)
+    return sampler and steps and task.similarity == "dot"
 
 
 def _form(config: ml_collections.ConfigDict) -> str:

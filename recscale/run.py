@@ -134,7 +134,8 @@ def check_semantic_ids(run: Run, state: dict[str, Any]) -> None:
 def costs(run: Run, steps: int) -> dict[str, Any]:
     """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding).
 
-    Of a task that denoises also what a sample costs, `sampling` (tasks/denoising.py).
+    Of a task that ranks the catalogue also what an answer costs, `inference`; of one that denoises what a sample does,
+    `sampling` (tasks/denoising.py).
     """
     c, dim = run.config, run.model_config.embed_dim
     tokens = run.loader.lengths * run.task.tokens_per_event + run.task.prefix
@@ -143,18 +144,45 @@ def costs(run: Run, steps: int) -> dict[str, Any]:
     for length, count in zip(lengths, counts, strict=True):
         for part, value in run.model.flops(run.model_config, int(length)).items():
             parts[part] += value * float(count)
-    parts["head"] = run.loader.num_targets * run.task.head_flops(dim)
+    parts["head"] = run.loader.num_targets * _head_flops(run, dim)
     epochs = steps * c.loader.batch_size / run.loader.num_rows
     flops = {part: TRAIN_MULTIPLIER * epochs * value for part, value in parts.items()}
     flops["train_total"] = sum(flops.values())
     flops["lookup_bytes"] = 4.0 * dim * epochs * run.loader.real_tokens * (1 + len(run.task.features))
     found = {"flops": flops, "parameters": parameters(run), "table": table_facts(run)}
     if run.task.denoises:
-        found["sampling"] = cast(denoising.Task, run.task).sampling(dim)
+        found["sampling"] = cast(denoising.Task, run.task).sampling(dim, c.loader.length)
+    if run.task.denoises or run.task.ranks_catalogue:
+        found["inference"] = inference(run)
     if run.task.generates:
         ids = semantic_ids(run, run.log)
         found["semantic_ids"] = {"sha256": ids.sha256, "sizes": list(ids.sizes)} | dict(ids.facts)
     return found
+
+
+def inference(run: Run) -> dict[str, float]:
+    """Forward FLOPs of ranking the whole catalogue once, for one user with a history of loader.length events.
+
+    {encoder, sampling, ranking, total}. sampling: what a task that denoises draws, 0 for others; ranking: the scores of
+    all items. Lookups and sorting are not in it, nor the mixing of parts in tables of another kind than "full".
+    """
+    task, dim = run.task, run.model_config.embed_dim
+    length = run.config.loader.length
+    tokens = length * task.tokens_per_event + task.prefix
+    found = {
+        "encoder": float(sum(run.model.flops(run.model_config, tokens).values())),
+        "sampling": cast(denoising.Task, task).sampling(dim, length)["flops_per_target"] if task.denoises else 0.0,
+        "ranking": task.ranking_flops(dim),
+    }
+    return found | {"total": sum(found.values())}
+
+
+def _head_flops(run: Run, dim: int) -> float:
+    """Forward FLOPs of the loss per target; a denoiser may read the states up to its target."""
+    if not run.task.denoises:
+        return run.task.head_flops(dim)
+    states, each = run.loader.inputs_per_target, run.loader.real_tokens / run.loader.num_targets
+    return cast(denoising.Task, run.task).head_flops(dim, states, each)
 
 
 def table_facts(run: Run) -> dict[str, Any]:

@@ -143,7 +143,9 @@ def test_a_run_is_recorded_with_both_protocols_and_what_is_left_of_the_vectors(l
     train(tiny_dreamrec(log, **ALL), tmp_path)
     book = record.read(tmp_path)
     assert book["status"] == "ok" and 0 < book["table"]["variance"] < 4 and book["parameters"]["head"] > 0
-    assert book["sampling"] == {"denoiser_calls": 12, "flops_per_target": 2 * 8**2 * (1 + 3 * 12)}
+    assert book["sampling"] == {"denoiser_calls": 12, "flops_per_target": 2 * 8**2 * 3 * (1 + 12)}
+    answer = book["inference"]
+    assert answer["sampling"] == book["sampling"]["flops_per_target"] and answer["ranking"] == 2 * 63 * 8
     assert book["config"]["eval"]["protocols"] == ["full", "unseen", LEGACY]
     assert {f"ndcg@1/{LEGACY}", "ndcg@1"} <= {row["metric"] for row in book["evaluations"]}
 
@@ -155,6 +157,7 @@ def test_a_run_is_recorded_with_both_protocols_and_what_is_left_of_the_vectors(l
         ({"eval__protocols": (LEGACY,), "task__sampling_steps": 3}, "'dreamrec_legacy' walks all .* 'ddpm' in 3 steps"),
         ({"eval__protocols": (LEGACY,), "task__similarity": "cosine"}, "'dreamrec_legacy' .* scored by 'cosine'"),
         ({"loader__horizon": 60}, "loader: horizon = 60.*task 'denoising' generates the very next item"),
+        ({"loader__alpha": 1.6}, "alpha = 1.6: task 'denoising' generates the very next item from the whole history"),
         ({"model_name": "tiger"}, "model_name = 'tiger' with task 'denoising': expected one of"),
     ],
 )

@@ -67,6 +67,18 @@ LIBRARY = {
         "recscale.run",
         "recscale.tasks",
     ),
+    "recscale.resample": (
+        "recscale.data",
+        "recscale.evaluate",
+        "recscale.evaluate_denoised",
+        "recscale.metrics",
+        "recscale.program",
+        "recscale.reading",
+        "recscale.record",
+        "recscale.run",
+        "recscale.serve",
+        "recscale.tasks",
+    ),
     "recscale.semantic_ids": (
         "recscale.data",
         "recscale.layers",

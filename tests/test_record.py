@@ -34,6 +34,7 @@ def test_a_run_leaves_every_field_of_the_contract(tmp_path):
     assert book["devices"] == {"kind": "cpu", "platform": "cpu", "count": 8} and book["hosts"] == 1
     assert set(book["parameters"]) == {"tables", "dense", "context_tables", "head", "codebooks"}
     assert set(book["flops"]) == {"projections", "attention", "head", "train_total", "lookup_bytes"}
+    assert set(book["inference"]) == {"encoder", "sampling", "ranking", "total"} and book["inference"]["ranking"] > 0
     sizes = {"kind", "rows", "dim", "bytes", "bytes_per_item", "arrays"}
     assert set(book["table"]) == sizes | {"extra_rounds", "lost_rows", "information_abundance", "variance"}
     assert book["table"]["lost_rows"] == 0 and 1 <= book["table"]["information_abundance"] <= 8

@@ -1,6 +1,7 @@
 """From config to step: causality, packing, costs against the compiler, one trace, nothing fetched by the step."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import pytest
 from recscale.data.codes import item_counts
 from recscale.data.loading import Loader
 from recscale.evaluate import evaluate_split
+from recscale.layers import denoisers, samplers
 from recscale.mesh import place_batch
 from recscale.models import MODELS, hstu, sasrec
 from recscale.program import abstract_state
-from recscale.run import build, collapse, costs, init_state, seen
+from recscale.run import build, collapse, costs, inference, init_state, seen
 from recscale.step import make_train_step
-from tests.tiny_run import FULL, ITEMS, SAMPLED, make_log, tiny
+from tests.tiny_run import FULL, ITEMS, SAMPLED, make_log, tiny, tiny_dreamrec
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,81 @@ def test_costs_and_counts_equal_a_plain_loop(log):
     assert counts["unique_users"] == len(view) and counts["unique_items"] == len(seen_items)
     half = costs(run, steps // 2)["flops"]["train_total"]
     assert half == pytest.approx(flops["train_total"] * (steps // 2) / steps)
+
+
+def counted(function, *arguments) -> float:
+    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+
+def asked(run) -> tuple[dict[str, np.ndarray], Callable]:
+    """The batch of one user with a whole history, and a look-up of vectors that takes no FLOPs."""
+    length = run.config.loader.length
+    batch = {"item_id": 1 + np.arange(length), "segment_ids": np.ones(length), "positions": np.arange(length)}
+    batch |= {"target": np.append(np.zeros(length - 1), 1), "timestamp": np.arange(length)}
+    batch = {name: value[None].astype(np.int32) for name, value in batch.items()}
+    width = run.model_config.embed_dim
+    return batch | {"query_timestamp": batch["timestamp"]}, lambda table, ids: jnp.ones((*ids.shape, width))
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_an_answer_costs_what_the_compiler_counts(name, log):
+    """One layer, within 10 %; the compiler sees all L * L pairs of attention."""
+    width, length = 256, 48
+    sizes = {"embed_dim": width, "width": width, "heads": 1, "max_length": length} | (
+        {"qk_dim": width, "v_dim": width} if name == "hstu" else {"ffn": 2 * width}
+    )
+    run = build(tiny(name, log, loader__length=length, **{f"model__{key}": n for key, n in sizes.items()}, **FULL))
+    found, task = inference(run), run.task
+    batch, lookup = asked(run)
+    square = run.model.flops(run.model_config, length)["attention"] * (length - 1) / (length + 1)
+    model = abstract_state(run)["model"]
+    encoder = counted(lambda model: task.queries(model, lookup, batch), model)
+    assert encoder == pytest.approx(found["encoder"] + square, rel=0.1)
+    query, items = jnp.zeros((1, width)), jnp.zeros((ITEMS, width))
+    assert counted(task.scores, query, items) == pytest.approx(found["ranking"], rel=0.01)
+    assert found["sampling"] == 0 and found["total"] == found["encoder"] + found["ranking"]
+    assert costs(run, 1)["inference"] == found
+
+
+@pytest.mark.parametrize(("denoiser", "combine"), [("mlp1", "mean"), ("dit", "max")])
+def test_a_sampled_answer_costs_what_the_compiler_counts(denoiser, combine, log, monkeypatch):
+    """One call of the denoiser, for the compiler counts a scanned body once; so many samples that it matters.
+
+    Without the noise, whose draws are thousands of operations on integers.
+    """
+    monkeypatch.setattr(samplers, "normal", lambda keys, step, dim: jnp.ones((len(keys), dim)))
+    width, length, samples = 256, 48, 40
+    sizes = {"model__embed_dim": width, "model__max_length": length, "loader__length": length, "loader__row_length": 0}
+    sizes |= {"task__width": width, "task__ffn": width, "task__denoiser": denoiser, "task__combine": combine}
+    sampler = {"task__sampler": "ddim", "task__sampling_steps": 1, "task__samples": samples}
+    run = build(tiny_dreamrec(log, **sizes, **sampler))
+    found, task = inference(run), run.task
+    batch, lookup = asked(run)
+    square = run.model.flops(run.model_config, length)["attention"] * (length - 1) / (length + 1)
+    row, model = np.ones(1, np.int32), abstract_state(run)["model"]
+    whole = counted(lambda model: task.generate(model, lookup, batch, row), model)
+    assert whole == pytest.approx(found["encoder"] + square + found["sampling"], rel=0.1)
+    assert found["sampling"] > 0.25 * found["total"]
+    query, items = jnp.zeros((1, samples * width)), jnp.zeros((ITEMS, width))
+    assert counted(task.scores, query, items) == pytest.approx(found["ranking"], rel=0.1, abs=1.1 * samples * width)
+    assert found["total"] == found["encoder"] + found["sampling"] + found["ranking"]
+
+
+@pytest.mark.parametrize("window", ["prefixes", "last"])
+def test_a_denoiser_that_reads_a_history_is_counted_with_what_its_targets_see(window, log):
+    """By a plain loop over the targets of an epoch: states up to the target's own; keys and values once a state."""
+    run = build(tiny_dreamrec(log, loader__window=window, task__denoiser="dit", loader__segments=0))
+    rows = {name: [] for name in ("positions", "target", "segment_ids")}
+    for i in range(run.loader.steps_per_epoch):
+        for name, parts in rows.items():
+            parts.append(run.loader[i][name])
+    rows = {name: np.concatenate(parts)[: run.loader.num_rows] for name, parts in rows.items()}
+    shape, states = run.task.shape(8), (rows["positions"] + 1)[rows["target"] > 0]
+    forward = sum(denoisers.flops("dit", shape, int(n)) for n in states)
+    forward += (rows["segment_ids"] > 0).sum() * 2 * 2 * 8 * 8  # depth 1, width 8
+    epochs = run.steps * run.config.loader.batch_size / run.loader.num_rows
+    assert costs(run, run.steps)["flops"]["head"] == pytest.approx(3 * epochs * forward)
+    assert (states.mean() == rows["positions"][rows["segment_ids"] > 0].mean() + 1) == (window == "last")
 
 
 def test_frequency_is_the_share_of_training_events(log):

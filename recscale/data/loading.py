@@ -145,6 +145,12 @@ class Loader:
         """Inputs each example contributes per epoch, int64 [N]."""
         return self._count
 
+    @property
+    def inputs_per_target(self) -> float:
+        """Mean over the targets of an epoch of the inputs of its example up to the one that it follows."""
+        targets = np.minimum(self._stop - self._target_start, 1 if self._window == "spans" else self._count)
+        return float((targets * self._count - targets * (targets - 1) / 2).sum() / targets.sum())
+
     def __len__(self) -> int:
         """Steps: of the one pass without shuffling, practically endless with it."""
         return ENDLESS if self.shuffle else self.steps_per_epoch

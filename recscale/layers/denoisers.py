@@ -21,7 +21,7 @@ from recscale.layers.diffusion_transformer import AdaLN, DiT
 from recscale.layers.norms import Linear, matmul
 from recscale.mesh import recompute
 
-__all__ = ["DENOISERS", "Condition", "Config", "flops", "memory_flops", "parameters", "time_flops"]
+__all__ = ["DENOISERS", "Condition", "Config", "flops", "memory_flops", "modulation_flops", "parameters", "time_flops"]
 
 
 class Mlp1(Denoiser):
@@ -94,11 +94,11 @@ def _joined(layer: Linear, vector_BSD: jax.Array) -> jax.Array:
 DENOISERS: dict[str, type[Mlp1 | Mlp2 | AdaLN | DiT]] = {"mlp1": Mlp1, "mlp2": Mlp2, "adaln": AdaLN, "dit": DiT}
 
 
-def flops(kind: str, c: Config, states: int = 0) -> float:
+def flops(kind: str, c: Config, states: float = 0) -> float:
     """Forward FLOPs of one target at one time, given its memory (multiply-add = 2); states: M - 1, read by "dit".
 
     The time embedding counts once a target. Where all targets have one time ([1, 1]) it is computed once for all:
-    `time_flops` less for each of them.
+    `time_flops` less for each of them; where they have one condition too, `modulation_flops` less as well.
     """
     D, W = c.dim, c.width
     if kind in ("mlp1", "mlp2"):
@@ -115,7 +115,13 @@ def time_flops(c: Config) -> float:
     return 2.0 * (2 * frequencies(c.dim) * 2 * c.dim + 2 * c.dim * c.dim)
 
 
-def memory_flops(kind: str, c: Config, states: int = 0) -> float:
+def modulation_flops(kind: str, c: Config) -> float:
+    """Forward FLOPs of the scales, shifts and gates of one target, which follow from its vector and its time."""
+    blocks = {"mlp1": 0, "mlp2": 0, "adaln": 2 + 3 * c.depth, "dit": 2 + 6 * c.depth}
+    return 2.0 * blocks[kind] * c.dim * c.width
+
+
+def memory_flops(kind: str, c: Config, states: float = 0) -> float:
     """Forward FLOPs of `remember`: of one target for "mlp1" and "mlp2", of a row of `states` states for "dit"."""
     products = {"mlp1": c.dim**2, "mlp2": 2 * c.dim**2, "adaln": 0, "dit": c.depth * (1 + states) * 2 * c.dim * c.width}
     return 2.0 * products[kind]

@@ -74,8 +74,8 @@ def sizes(context: Context, group: Group) -> list[Said]:
     said = []
     for column in ("parameters.tables", "parameters.dense", "table.bytes"):
         said += missing(group.rows, column, "record parameters by group and the bytes of the tables")
-    if not any(key.startswith(("flops.serving", "serving.")) for row in group.rows for key in row):
-        said.append(unknown("no run records what serving a request costs", "record flops.serving_per_request"))
+    if not any(key.startswith(("inference.", "flops.serving", "serving.")) for row in group.rows for key in row):
+        said.append(unknown("no run records what serving a request costs", "record inference.total"))
     return said or [good("parameters by group, bytes of the tables and serving cost are recorded")]
 
 

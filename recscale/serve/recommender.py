@@ -58,6 +58,11 @@ class Recommender:
         """state: a train state of the run (its optimizer is not used). micro: candidates computed at a time."""
         if run.task.generates:
             raise BadRequest("this run generates semantic ids: use recscale.serve.generator.Generator")
+        if run.task.denoises:
+            raise BadRequest(
+                "this run generates vectors by diffusion (task 'denoising'), which is evaluated, not served: use "
+                "recscale.evaluate, or recscale.resample for other settings of sampling"
+            )
         self.run, self.micro = run, micro
         self.model, self.mixers = state["model"], state["mixers"]
         layouts = run.tables.catalogue_specs(run.task.catalogue)  # arrays of shared rows go to every device once

@@ -38,7 +38,6 @@ TARGETS = ("trainable", "detached")
 SIMILARITIES = ("dot", "cosine", "l2")
 COMBINE = {"mean": jnp.mean, "max": jnp.max}
 CLOSED_FORM = "closed_form"  # of the samplers: "ddpm" without walking the chain, for denoiser "mlp1"
-STATES = 32  # of a history, as FLOPs of "dit" are counted
 NOISE_STREAM, PROBE_STREAM = 0, 1
 
 
@@ -183,27 +182,39 @@ class Task(next_item.Task):
         """Parameters of the denoiser."""
         return denoisers.parameters(self.config.denoiser, self.shape(dim))
 
-    def head_flops(self, dim: int) -> float:
-        """Forward FLOPs of the denoiser per target of a step; "dit" as if it read 32 states."""
-        kind, shape, passes = self.config.denoiser, self.shape(dim), 2 if self.config.ranking else 1
-        return passes * denoisers.flops(kind, shape, states=STATES) + denoisers.memory_flops(kind, shape)
+    def head_flops(self, dim: int, states: float = 0, each: float = 1) -> float:
+        """Forward FLOPs of the denoiser per target of a step.
 
-    def sampling(self, dim: int) -> dict[str, float]:
+        What "dit" reads, means over the targets: states that a target sees, and states of the batch for each target.
+        """
+        kind, shape, passes = self.config.denoiser, self.shape(dim), 2 if self.config.ranking else 1
+        return passes * denoisers.flops(kind, shape, states) + denoisers.memory_flops(kind, shape, each - 1)
+
+    def ranking_flops(self, dim: int) -> float:
+        """Forward FLOPs of scoring every item for one user: as often as there are vectors to compare it with."""
+        c = self.config
+        return super().ranking_flops(dim) * (1 if c.combine == "mean" and c.similarity != "l2" else c.samples)
+
+    def sampling(self, dim: int, states: int) -> dict[str, float]:
         """What the vectors of one target cost to draw: passes through the denoiser per sample, and forward FLOPs.
 
-        The encoder and the ranking are not in it, nor what follows from the time alone, which all targets share; "dit"
-        as if it read 32 states.
+        states: of the history, which "dit" reads. The encoder and the ranking are not in it, nor what all targets
+        share, as it follows from the time alone, or from the time and the null vector where a pass has no condition.
         """
         c, kind, shape = self.config, self.config.denoiser, self.shape(dim)
-        calls = 0 if c.sampler == CLOSED_FORM else plan(self.process, **self.how).calls * (2 if c.guidance else 1)
+        calls = 0 if c.sampler == CLOSED_FORM else plan(self.process, **self.how).calls
         shared = denoisers.time_flops(shape)
         if kind in ("mlp1", "mlp2"):
             shared += denoisers.memory_flops(kind, shape)  # a layer's products with the time cost what those with h do
-        walk = calls * (denoisers.flops(kind, shape, states=STATES) - shared)
+        passes = [denoisers.flops(kind, shape, states) - shared]  # of a call
+        if c.guidance:
+            passes.append(denoisers.flops(kind, shape) - shared - denoisers.modulation_flops(kind, shape))
+        walk = calls * sum(passes)
+        remembered = denoisers.memory_flops(kind, shape, states) * (1 if kind == "dit" else c.samples)
         each = walk if calls else 2 * 2.0 * dim * dim  # the mean of what is remembered, and the noise
         return {
-            "denoiser_calls": calls,
-            "flops_per_target": denoisers.memory_flops(kind, shape, STATES) + c.samples * each,
+            "denoiser_calls": calls * len(passes),
+            "flops_per_target": remembered + c.samples * each,
         }
 
     def draw(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:

@@ -203,6 +203,10 @@ class Task(next_item.Task):
         scores = super().head_flops(dim) if self.ranks_catalogue else 0.0
         return scores + 2.0 * (s["query_parts"] * dim * dim + mlps)
 
+    def ranking_flops(self, dim: int) -> float:
+        """Forward FLOPs of scoring every item for one user: the query map, and the scores."""
+        return super().ranking_flops(dim) + 2.0 * self.shape(dim)["query_parts"] * dim * dim
+
     def draw(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         """The batch with `negative`, where the next item is learnt by sampling."""
         return super().draw(batch, key) if self.ranks_catalogue else batch

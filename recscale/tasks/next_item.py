@@ -163,6 +163,10 @@ class Task:
         """Forward FLOPs of the loss per target: its scores."""
         return 2.0 * dim * (self.num_items if self.needs_catalogue else 1 + self.config.negatives)
 
+    def ranking_flops(self, dim: int) -> float:
+        """Forward FLOPs of scoring every item of the catalogue for one user, from the encoder's state on."""
+        return 2.0 * dim * self.num_items
+
     @property
     def needs_frequency(self) -> bool:
         """Whether the tables must hold FREQUENCY: [V + 1, 1], each item's share of the training events."""

@@ -154,6 +154,7 @@ def test_truncation_keeps_the_last_inputs(layout):
         assert place.tolist() == list(range(max(0, total - 6), total - 1))
     loader = Loader(log, views["train"], batch_size=1, length=5, layout=layout)
     assert loader.num_targets == 5 + 3 and loader.cut_targets == 27 - 5 and loader.real_tokens == 8
+    assert loader.inputs_per_target == (1 + 2 + 3 + 4 + 5 + 1 + 2 + 3) / 8
 
 
 def test_random_windows_stay_in_the_view_and_vary():

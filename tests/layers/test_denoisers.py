@@ -11,7 +11,16 @@ import pytest
 from flax import nnx
 
 from recscale.layers.conditions import TimeEmbedding, frequencies, sinusoid
-from recscale.layers.denoisers import DENOISERS, Condition, Config, flops, memory_flops, parameters, time_flops
+from recscale.layers.denoisers import (
+    DENOISERS,
+    Condition,
+    Config,
+    flops,
+    memory_flops,
+    modulation_flops,
+    parameters,
+    time_flops,
+)
 from recscale.layers.diffusion import Chain, guided
 from recscale.layers.samplers import sample
 from recscale.mesh import layer_wrapper, make_mesh
@@ -330,6 +339,10 @@ def test_flops_agree_with_the_compiler(kind):
     products = {"mlp1": D * D, "mlp2": 2 * D * D}.get(kind, 0)  # of the time, shared as well
     saved = targets * (time_flops(c) + 2 * products) * (targets - 1) / targets
     assert step - shared == pytest.approx(saved, rel=0.1)
+    null = jax.eval_shape(lambda d: d.forget(), denoiser)
+    alone = counted(lambda d, x, m, t: d(x, m, t), denoiser, x, null, time[:, :1])
+    less = time_flops(c) + 2 * products + modulation_flops(kind, c)
+    assert alone == pytest.approx(targets * flops(kind, c) - (targets - 1) * less, rel=0.1)
     read = counted(lambda d, c: d.remember(c), denoiser, known)
     rows = 1 if kind == "dit" else targets
     assert read == pytest.approx(rows * memory_flops(kind, c, states), rel=0.1, abs=targets * D)

@@ -18,7 +18,7 @@ from recscale.run import build, init_state
 from recscale.serve import answers
 from recscale.serve.history import BadRequest
 from recscale.serve.recommender import Recommender
-from tests.tiny_run import tiny
+from tests.tiny_run import tiny, tiny_dreamrec
 
 ITEMS, USERS, EVENTS, LENGTH = 30, 4, 12, 8  # two events more than a model reads, and the one to predict
 STU = {
@@ -297,4 +297,10 @@ def test_a_model_without_keys_and_values_is_not_served(log):
     config.model_name, config.model = "dlrm", ConfigDict(sizes | {"dtype": "float32"})
     run = build(config.lock())
     with pytest.raises(BadRequest, match="model_name = 'dlrm' keeps no keys and values"):
+        Recommender(run, init_state(run))
+
+
+def test_a_run_that_denoises_is_not_served(log):
+    run = build(tiny_dreamrec(log))
+    with pytest.raises(BadRequest, match=r"by diffusion .* not served: use recscale\.evaluate, or recscale\.resample"):
         Recommender(run, init_state(run))

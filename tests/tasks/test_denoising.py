@@ -225,7 +225,26 @@ def test_the_cost_of_a_sample_counts_every_pass_of_the_denoiser(changes, calls, 
     t = task(samples=3, **changes)
     remembered = 2 * DIM**2
     each = calls * passes * 2 * DIM**2 if calls else 2 * 2 * DIM**2
-    assert t.sampling(DIM) == {"denoiser_calls": calls * passes, "flops_per_target": remembered + 3 * each}
+    assert t.sampling(DIM, 5) == {"denoiser_calls": calls * passes, "flops_per_target": 3 * (remembered + each)}
+
+
+def test_what_a_sample_reads_is_the_history_once_and_nothing_where_it_is_guided_away_from():
+    t = task(denoiser="dit", width=8, ffn=16, depth=2, samples=3)
+    without = task(denoiser="dit", width=8, ffn=16, depth=2, samples=3, guidance=0.0)
+    longer, one = (t.sampling(DIM, n)["flops_per_target"] for n in (7, 6))
+    projected = 2 * 2 * 2 * DIM * 8  # keys and values of a state in both blocks
+    assert longer - one == projected + 3 * 20 * 2 * 2 * 2 * 8  # read by every conditional pass of every sample
+    passes = [x.sampling(DIM, 7)["flops_per_target"] for x in (t, without)]
+    modulated = 2 * (2 + 2 * 6) * DIM * 8  # by the time and the null vector: the same for all
+    read = 7 * 2 * 2 * 2 * 8
+    assert passes[0] - passes[1] == passes[1] - projected * 8 - 3 * 20 * (read + modulated)
+
+
+@pytest.mark.parametrize(
+    ("changes", "queries"), [({}, 1), ({"combine": "max"}, 3), ({"similarity": "l2"}, 3), ({"similarity": "cosine"}, 1)]
+)
+def test_the_catalogue_is_ranked_once_for_every_vector_it_is_compared_with(changes, queries):
+    assert task(samples=3, **changes).ranking_flops(DIM) == queries * 2 * DIM * ITEMS
 
 
 def test_a_sample_is_drawn_without_a_look_at_its_target():
