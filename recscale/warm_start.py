@@ -14,10 +14,11 @@ from recscale.checkpoint import Checkpoints, leaves_by_path
 from recscale.tasks.next_item import FREQUENCY
 
 TABLES = ("tables.", "mixers.")
+PLACES = ("model.encoder.", "model.")  # of an encoder: with a head beside it, and alone
 
 
 def warm_start(state: dict[str, Any], workdir: Path, inside: str) -> dict[str, Any]:
-    """The state with what it shares with the run in `workdir`; inside: where the encoder is, "encoder." in both.
+    """The state with what it shares with the run in `workdir`; inside: where its own encoder is, "encoder." or "".
 
     Raises ValueError where the folder has no checkpoint, another encoder, or nothing in common.
     """
@@ -28,14 +29,20 @@ def warm_start(state: dict[str, Any], workdir: Path, inside: str) -> dict[str, A
             step = checkpoints.latest()
             if step is None:
                 continue
-            leaves = leaves_by_path(state)
-            shared = {name: x for name, x in leaves.items() if name.startswith((f"model.{inside}", *TABLES))}
-            shared.pop(f"tables.{FREQUENCY}", None)
-            found = checkpoints.restore_some(step, shared)
-            lacking = [name for name in shared if name.startswith("model.") and name not in found]
-            if lacking or not any(name.startswith("model.") for name in shared):
+            leaves, own = leaves_by_path(state), f"model.{inside}"
+            encoder = {name.removeprefix(own): x for name, x in leaves.items() if name.startswith(own)}
+            tables = {name: x for name, x in leaves.items() if name.startswith(TABLES)}
+            tables.pop(f"tables.{FREQUENCY}", None)
+            wanted = {place + name: x for place in PLACES for name, x in encoder.items()} | tables
+            found = checkpoints.restore_some(step, wanted)
+            lacking = {place: [name for name in encoder if place + name not in found] for place in PLACES}
+            place = min(PLACES, key=lambda place: len(lacking[place]))
+            if lacking[place] or not encoder:
                 raise ValueError(
-                    f"train.warm_start = {workdir}: its encoder lacks {lacking[:3]}; expected a run with the same model"
+                    f"train.warm_start = {workdir}: its encoder lacks {lacking[place][:3]}; expected a run with the "
+                    "same model"
                 )
-            return jax.tree.unflatten(jax.tree.structure(state), list((leaves | found).values()))
+            taken = {own + name: found[place + name] for name in encoder}
+            taken |= {name: found[name] for name in tables if name in found}
+            return jax.tree.unflatten(jax.tree.structure(state), list((leaves | taken).values()))
     raise ValueError(f"train.warm_start = {workdir}: no checkpoint there; train that run first")

@@ -1,0 +1,54 @@
+"""What begins with the encoder and the tables of another run, with a head beside its own encoder or without."""
+
+import jax
+import numpy as np
+import pytest
+
+from recscale.checkpoint import Checkpoints
+from recscale.run import build, init_state
+from tests.tiny_run import make_log, tiny, tiny_dreamrec
+
+SETTINGS = {"loader__length": 8, "model__embed_dim": 8, "model__max_length": 8}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return make_log(tmp_path_factory.mktemp("warm") / "log", users=20)
+
+
+def ranker(log, **changes):
+    """SASRec that ranks: its encoder is the whole model."""
+    return tiny("sasrec", log, **SETTINGS, **changes)
+
+
+def denoiser(log, **changes):
+    """The same encoder beside a denoiser."""
+    config = tiny_dreamrec(log).unlock()
+    config.model_name, config.model = "sasrec", ranker(log).model
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    return config.lock()
+
+
+@pytest.mark.parametrize(("earlier", "later"), [(ranker, denoiser), (denoiser, ranker)])
+def test_an_encoder_moves_between_a_run_with_a_head_and_one_without(earlier, later, log, tmp_path):
+    before = init_state(build(earlier(log)))
+    before = jax.tree.map(lambda x: x + 1 if np.issubdtype(x.dtype, np.floating) else x, before)
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(7, before, {})
+    fresh, after = (init_state(build(later(log, **how))) for how in ({}, {"train__warm_start": str(tmp_path)}))
+    of = {"ranker": lambda state: state["model"], "denoiser": lambda state: state["model"].encoder}
+    old, new = of[earlier.__name__](before), of[later.__name__](after)
+    for was, found in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        np.testing.assert_array_equal(was, found)
+    np.testing.assert_array_equal(after["tables"]["item"], before["tables"]["item"])
+    assert not np.array_equal(after["tables"]["item"], fresh["tables"]["item"])
+    assert int(after["step"]) == 0
+
+
+def test_another_encoder_is_named(log, tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(7, init_state(build(tiny_dreamrec(log))), {})
+    with pytest.raises(ValueError, match=r"its encoder lacks .*same model"):
+        init_state(build(denoiser(log, train__warm_start=str(tmp_path))))
