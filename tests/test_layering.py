@@ -67,6 +67,7 @@ LIBRARY = {
         "recscale.run",
         "recscale.tasks",
     ),
+    "recscale.known_law": ("recscale.data", "recscale.program", "recscale.reading", "recscale.run", "recscale.serve"),
     "recscale.resample": (
         "recscale.data",
         "recscale.evaluate",

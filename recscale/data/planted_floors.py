@@ -62,6 +62,27 @@ def next_item_nats(
     return _filter(config, log, _runs(config, log, view, history, seen, segment), seen)[0]
 
 
+def next_item_law(config: Planted, log: EventLog, view: View, history: int | None = None) -> np.ndarray:
+    """p(item) of every item at each target of `view`, under the exact predictive distribution; float64 [T, V].
+
+    Column v - 1 is item v; reader, order and errors are those of `next_item_nats` without contexts and likes. Its items
+    by falling probability are the best possible ranking: no other has a higher expected hit rate at any length. Memory
+    O(T x V).
+    """
+    runs = _runs(config, log, view, history, Seen(False, False), False)
+    counts = runs.stop - runs.target_start
+    interest_TK = np.empty((int(counts.sum()), config.interests))
+    _filter(config, log, runs, Seen(False, False), interest_TK)
+    emission_PKV = world(config).emission_PKV
+    if not config.born:
+        return interest_TK @ emission_PKV[0]
+    period_T = period_of(config, log.events["timestamp"][_ranges(runs.target_start, counts)])
+    law_TV = np.empty((len(interest_TK), config.items))
+    for period, emission_KV in enumerate(emission_PKV):
+        law_TV[period_T == period] = interest_TK[period_T == period] @ emission_KV
+    return law_TV
+
+
 def feedback_nats(
     config: Planted,
     log: EventLog,
@@ -129,8 +150,13 @@ def _tables(config: Planted) -> _Tables:
     return _Tables(np.ascontiguousarray(true.type_GK.T), emission_PVK, true.context_CK, np.ascontiguousarray(like_VK))
 
 
-def _filter(config: Planted, log: EventLog, runs: Runs, seen: Seen) -> np.ndarray:
-    """Nats of the targets, [1, n]: of their items; with feedback [2, n]: of their items, and of their likes then."""
+def _filter(
+    config: Planted, log: EventLog, runs: Runs, seen: Seen, interest_nK: np.ndarray | None = None
+) -> np.ndarray:
+    """Nats of the targets, [1, n]: of their items; with feedback [2, n]: of their items, and of their likes then.
+
+    interest_nK: filled with p(interest | what is seen before the target, its context left out).
+    """
     tables = _tables(config)
     counts = runs.stop - runs.target_start
     place = np.cumsum(counts) - counts - runs.target_start  # event row + place = index in the result
@@ -139,12 +165,19 @@ def _filter(config: Planted, log: EventLog, runs: Runs, seen: Seen) -> np.ndarra
     size = max(16, CHUNK_STATES // (config.interests * config.types))
     for begin in range(0, len(order), size):
         n = order[begin : begin + size]
-        _filter_chunk(config, tables, log, Runs(*(x[n] for x in runs)), place[n], seen, nats)
+        _filter_chunk(config, tables, log, Runs(*(x[n] for x in runs)), place[n], seen, nats, interest_nK)
     return nats
 
 
 def _filter_chunk(
-    config: Planted, tables: _Tables, log: EventLog, runs: Runs, place: np.ndarray, seen: Seen, nats: np.ndarray
+    config: Planted,
+    tables: _Tables,
+    log: EventLog,
+    runs: Runs,
+    place: np.ndarray,
+    seen: Seen,
+    nats: np.ndarray,
+    interest_nK: np.ndarray | None,
 ) -> None:
     """Filter runs sorted by falling length, side by side, and write their targets' nats in place.
 
@@ -171,6 +204,8 @@ def _filter_chunk(
         target = row >= runs.target_start[:N]
         at = (row + place[:N])[target]
         nats[0, at] = -np.log(p_N[target])
+        if interest_nK is not None:
+            interest_nK[at] = interest_KN[:, target].T
         if seen.feedback:
             like_KN = tables.like_VK[log.events["item_id"][row] - 1].T
             seen_KN *= np.where(log.events[LIKE][row] == 1, like_KN, 1 - like_KN)

@@ -60,6 +60,20 @@ def test_the_filter_equals_brute_force_over_all_hidden_paths(history, context, b
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("history", [0, 2, None])
+@pytest.mark.parametrize("born", [False, True])
+def test_the_law_is_a_distribution_whose_share_of_the_target_is_the_floor(history, born):
+    config = dataclasses.replace(TINY, born=born)
+    log = planted.generate(config)
+    view = view_of(log, last=3)
+    law_TV = planted_floors.next_item_law(config, log, view, history)
+    np.testing.assert_allclose(law_TV.sum(1), 1, rtol=0, atol=1e-12)
+    targets = zip(view.target_start, view.stop, strict=True)
+    item_T = np.concatenate([log.events["item_id"][first:stop] for first, stop in targets])
+    nats = planted_floors.next_item_nats(config, log, view, history)
+    np.testing.assert_allclose(-np.log(law_TV[np.arange(len(item_T)), item_T - 1]), nats, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("history", [1, 2, 3])
 def test_a_segment_shares_its_last_inputs_among_its_targets(history):
     log = planted.generate(TINY)
