@@ -33,7 +33,9 @@ LOG = Path("logs/microlens")
 CODES = Path("runs") / NAME / "codes"
 SEEDS = (0, 1, 2)
 BASE = (3, 64)  # levels, codes per level
-LEVELS, CODEBOOKS, WIDTHS, USERS = (1, 2, 3, 4), (16, 32, 64, 128, 256), (16, 32, 64, 128), (1_600, 3_200, 6_400, 0)
+LEVELS, CODEBOOKS = (1, 2, 3, 4, 5), (16, 24, 32, 64, 128, 256)
+WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160)
+USERS = (800, 1_130, 1_600, 2_260, 3_200, 4_530, 6_400, 9_050, 0)
 DIGITS = 128  # the largest bucket that a level tells apart; balanced levels of 64 leave 83 items and fewer together
 X = {"capacity": "log2 of the learned tuples", "width": "width", "users": "training users"}
 
