@@ -196,9 +196,10 @@ def describe(law: Law, comparison: Comparison, excluded: Sequence[Excluded]) -> 
     ]
     for axis in law.axes:
         gain = law.gain_per_doubling(axis)
-        lines.append(
-            f"  the next doubling of {axis} lowers {law.metric} by {gain.value:.4g} ({gain.low:.4g} to {gain.high:.4g})"
-        )
+        verb, value, low, high = ("lowers", gain.value, gain.low, gain.high)
+        if value < 0:
+            verb, value, low, high = "raises", -value, -high, -low
+        lines.append(f"  the next doubling of {axis} {verb} {law.metric} by {value:.4g} ({low:.4g} to {high:.4g})")
     lines += [f"  note: {note}" for note in law.notes]
     if excluded:
         lines.append(f"  left out: {len(excluded)} runs")

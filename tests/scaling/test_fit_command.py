@@ -48,6 +48,15 @@ def test_a_law_is_printed_whole_and_written(table, tmp_path, capsys):
         assert f"{law.params[name]:.8g}" in text and (name[0] == "A" or law.verdicts[name] in text)
 
 
+def test_a_metric_that_rises_is_said_to_rise(tmp_path, capsys):
+    users = [1000.0 * 2**i for i in range(10)]
+    lines = ["users,hr@10", *(f"{n},{0.1 - 1.5 * n**-0.4 + 1e-4 * (-1) ** i}" for i, n in enumerate(users))]
+    (tmp_path / "rising.csv").write_text("\n".join(lines) + "\n")
+    asked = ["--x", "users", "--y", "hr@10", "--form", "ceiling", "--scale", "identity"]
+    assert fit.main([str(tmp_path / "rising.csv"), *asked]) == 0
+    assert "the next doubling of users raises hr@10 by 0.00" in capsys.readouterr().out
+
+
 def test_bad_input_is_said_line_by_line(table, capsys):
     assert fit.main([str(table), "--x", "params", "token", "--y", "loss"]) == fit.BAD_INPUT
     assert "no column 'token'; the nearest it has: tokens" in capsys.readouterr().err
