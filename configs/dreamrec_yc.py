@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
             "combine": "mean",
             "seed": 0,
             "likelihood_steps": 0,
+            "likelihood_probes": 1,
         }
     )
     c.optim = ConfigDict(

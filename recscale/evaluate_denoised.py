@@ -7,7 +7,7 @@ Ranks, metrics and protocols are those of recscale/evaluate.py. What is added:
   full, histories may be empty, seen items stay, one sample per user by all steps of the chain. Not comparable with
   the others, and the only ones that depend on eval.batch_size: by the dropout.
 * `density_nats`: -log density of the target's vector given its history, in nats per vector, by the probability-flow ODE
-  (task.likelihood_steps). It is of a vector, not of an item, and moves with the scale of the vectors.
+  (task.likelihood_steps, likelihood_probes). It is of a vector, not of an item, and moves with the vectors' scale.
 * `spread`: 1 - cosine between two samples of a user, mean over pairs and users; `distinct`: different nearest items
   among the samples of a user, as a share of them. Both only where task.samples > 1.
 

@@ -13,6 +13,7 @@ from recscale.data.features import known_before, open_feature
 from recscale.data.loading import Loader
 from recscale.data.parts import parts
 from recscale.data.reach import Reach
+from recscale.tasks import denoising
 from recscale.tasks.next_item import Task
 
 SPLITS = splits.SPLITS | {"cold_start": cold_start, "parts": parts}
@@ -146,7 +147,7 @@ def _check_denoising(config: ml_collections.ConfigDict) -> None:
             f"{c.alpha}: task 'denoising' generates the very next item from the whole history; use 0, 0, () and 2.0"
         )
     t = config.task
-    if "dreamrec_legacy" in config.eval.protocols and not legacy_fits(t):
+    if "dreamrec_legacy" in config.eval.protocols and t.sampler in denoising.ALL_SAMPLERS and not legacy_fits(t):
         raise ValueError(
             "eval.protocols: 'dreamrec_legacy' walks all steps of the chain by 'ddpm' ('closed_form' does too) and "
             f"scores by 'dot'; found {t.sampler!r} in {t.sampling_steps} steps (0: all), scored by {t.similarity!r}: "

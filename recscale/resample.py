@@ -52,6 +52,7 @@ SETTINGS: dict[str, type] = {
     "combine": str,
     "seed": int,
     "likelihood_steps": int,
+    "likelihood_probes": int,
 }
 """What may be changed after training: settings of config.task that only sampling and scoring read."""
 COST = ("denoiser_calls", "sampling_flops", "inference_flops")
@@ -142,7 +143,9 @@ def _changed(run: Run, changes: Mapping[str, Any]) -> Run:
     kept = tuple(name for name in config.eval.protocols if name != LEGACY or reading.legacy_fits(config.task))
     config.eval.protocols = kept or ("full",)
     same = config.task.to_dict() == run.config.task.to_dict()
-    task = run.task if same else task_of(config, run.log.num_items)
+    task = cast(Task, run.task if same else task_of(config, run.log.num_items))
+    if "eta" in changes and task.how["eta"] is None:
+        raise ValueError(f"eta = {config.task.eta}: sampler {config.task.sampler!r} has none; leave it out")
     return dataclasses.replace(run, config=config.lock(), task=task)
 
 

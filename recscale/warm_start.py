@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from recscale import record
 from recscale.checkpoint import Checkpoints, leaves_by_path
 from recscale.tasks.next_item import FREQUENCY
 
@@ -20,8 +21,12 @@ PLACES = ("model.encoder.", "model.")  # of an encoder: with a head beside it, a
 def warm_start(state: dict[str, Any], workdir: Path, inside: str) -> dict[str, Any]:
     """The state with what it shares with the run in `workdir`; inside: where its own encoder is, "encoder." or "".
 
-    Raises ValueError where the folder has no checkpoint, another encoder, or nothing in common.
+    Raises ValueError where the run has not finished, the folder has no checkpoint, or its encoder or item table is not
+    that of this run.
     """
+    status = record.read(workdir)["status"] if (workdir / "record.json").is_file() else "ok"
+    if status != "ok":
+        raise ValueError(f"train.warm_start = {workdir}: that run has not finished (status {status!r}); train it first")
     for folder in (workdir / "best", workdir / "checkpoints"):
         if not folder.is_dir():
             continue
@@ -42,6 +47,8 @@ def warm_start(state: dict[str, Any], workdir: Path, inside: str) -> dict[str, A
                     f"train.warm_start = {workdir}: its encoder lacks {lacking[place][:3]}; expected a run with the "
                     "same model"
                 )
+            if tables and not tables.keys() & found.keys():
+                raise ValueError(f"train.warm_start = {workdir}: it has none of the tables {sorted(tables)[:3]}")
             taken = {own + name: found[place + name] for name in encoder}
             taken |= {name: found[name] for name in tables if name in found}
             return jax.tree.unflatten(jax.tree.structure(state), list((leaves | taken).values()))

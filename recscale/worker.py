@@ -152,7 +152,8 @@ def finished(config: dict[str, Any], workdir: Path) -> dict[str, Any] | None:
 def open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
     """The record of the run in `workdir`, or a fresh one; a broken file is set aside: checkpoints and metrics say more.
 
-    Raises OtherRun where the folder belongs to another config.
+    A run that failed before its first checkpoint gives way to another config. Raises OtherRun where the folder belongs
+    to another config otherwise.
     """
     fresh, file = record.new(config), workdir / "record.json"
     found = [row["config_hash"] for row in read_events(workdir) if "config_hash" in row]
@@ -167,6 +168,8 @@ def open_record(config: dict[str, Any], workdir: Path) -> dict[str, Any]:
                 (workdir / "DONE").unlink(missing_ok=True)
                 print(f"{error}; it is now {file.name}.broken, and the run goes on", file=sys.stderr)
     if found and found[-1] != fresh["config_hash"]:
+        if book["status"] == "failed" and not any((workdir / "checkpoints").glob("*")):
+            return fresh
         raise OtherRun(
             f"{workdir}: holds a run of another config ({found[-1]}, this one is {fresh['config_hash']}). "
             "Choose another --workdir, or delete this one."

@@ -35,7 +35,7 @@ LIBRARY = {
     "recscale.layers": ("recscale.kernels", "recscale.mesh"),
     "recscale.models": ("recscale.layers", "recscale.kernels", "recscale.mesh"),
     "recscale.tasks": ("recscale.layers", "recscale.metrics"),
-    "recscale.warm_start": ("recscale.checkpoint", "recscale.tasks"),
+    "recscale.warm_start": ("recscale.checkpoint", "recscale.record", "recscale.tasks"),
     "recscale.reading": ("recscale.data", "recscale.tasks"),
     "recscale.agreement": (),
     "recscale.user_statistics": (),

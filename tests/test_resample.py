@@ -92,6 +92,7 @@ def test_a_metric_follows_from_temperature_alone_where_it_should(opened):
         ({"sampling_steps": 2.5}, "task.sampling_steps = 2.5: expected a value of type int"),
         ({"guidance": float("nan")}, "task.guidance = nan: expected a value of type float"),
         ({"samples": 0}, "task.samples = 0: expected at least 1"),
+        ({"eta": 0.5}, "eta = 0.5: sampler 'ddpm' has none; leave it out"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named_before_anything_is_evaluated(opened, changes, message):

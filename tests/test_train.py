@@ -258,6 +258,13 @@ def test_a_finished_workdir_is_left_alone_and_no_other_config_gets_in(log, tmp_p
     assert not (tmp_path / "FAILED").exists() and record.read(tmp_path)["status"] == "ok"
 
 
+def test_a_folder_whose_run_failed_before_it_began_is_free(log, tmp_path):
+    with pytest.raises(ValueError, match=r"table\.kind = 'ful'"):
+        train.train(tiny("hstu", log, table__kind="ful", **FULL), tmp_path)
+    assert record.read(tmp_path)["status"] == "failed"
+    assert train.train(tiny("hstu", log, train__epochs=0.2, **FULL), tmp_path)["status"] == "ok"
+
+
 @pytest.mark.parametrize("text", ['{"status": "runn', "", "[]", "{}", '{"schema_version": 0}', "\x00\xff"])
 def test_a_corrupt_record_is_set_aside_and_loses_nothing(text, log, tmp_path, capsys):
     """Checkpoints and metrics make it anew; what they cannot vouch for, another config, is still kept out."""

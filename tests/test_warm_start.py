@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from recscale import record
 from recscale.checkpoint import Checkpoints
 from recscale.run import build, init_state
 from tests.tiny_run import make_log, tiny, tiny_dreamrec
@@ -45,6 +46,12 @@ def test_an_encoder_moves_between_a_run_with_a_head_and_one_without(earlier, lat
     np.testing.assert_array_equal(after["tables"]["item"], before["tables"]["item"])
     assert not np.array_equal(after["tables"]["item"], fresh["tables"]["item"])
     assert int(after["step"]) == 0
+
+
+def test_a_run_that_has_not_finished_is_no_start(log, tmp_path):
+    record.write(tmp_path, record.new(ranker(log).to_dict()))
+    with pytest.raises(ValueError, match=r"has not finished \(status 'running'\); train it first"):
+        init_state(build(denoiser(log, train__warm_start=str(tmp_path))))
 
 
 def test_another_encoder_is_named(log, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.nnx import initializers
 
 from recscale.layers.norms import truncated_normal
 
@@ -49,7 +50,7 @@ class Distinct(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Slots 1..num_rows of `dim` values, drawn from normal(0, stddev^2) cut at two sigma (stddev 0: zeros).
+    """Slots 1..num_rows of `dim` values, drawn from normal(0, stddev^2), cut at two sigma or whole (stddev 0: zeros).
 
     dtype: storage; "bfloat16" is written with stochastic rounding. fixed: never trained. by_id: slot = id, so that the
     array is as long as the vocabulary. packed: several rows share a line of 128 values (TPU).
@@ -62,6 +63,7 @@ class Array:
     fixed: bool = False
     by_id: bool = True
     packed: bool = False
+    cut: bool = True
 
     @property
     def buckets(self) -> int:
@@ -125,7 +127,7 @@ class Array:
 
     def init_rows(self, key: jax.Array, slots: jax.Array) -> jax.Array:
         """Initial values [n, dim] of slots [n]; zero for padding and spare rows."""
-        draw = truncated_normal(self.stddev)
+        draw = truncated_normal(self.stddev) if self.cut else initializers.normal(self.stddev)
         rows = jax.vmap(lambda slot: draw(jax.random.fold_in(key, slot), (self.dim,)))(slots)
         real = (slots > 0) & (slots <= self.num_rows)
         return jnp.where(real[:, None], rows, 0.0).astype(self.dtype)

@@ -32,7 +32,8 @@ class Table:
     (quotient_remainder), or the vocabulary (pieces); 0 for the others. parts: hash functions, codes read (pq, n-grams),
     most pieces of an id, or embedding sets. inner: width of a stored row (low_rank, multi); of n-grams, the values of a
     code where a byte does not hold it (0: at most 256). combine: "sum" or "concat" the parts of a hashed table. dtype:
-    storage, "float32" or "bfloat16". Raises ValueError for sizes that do not fit the kind.
+    storage, "float32" or "bfloat16". cut: whether the normal it is drawn from ends at two sigma. Raises ValueError for
+    sizes that do not fit the kind.
     """
 
     num_ids: int
@@ -45,6 +46,7 @@ class Table:
     dtype: str = "float32"
     stddev: float = 0.02
     fixed: bool = False
+    cut: bool = True
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -83,7 +85,7 @@ class Table:
     def arrays(self) -> dict[str, Array]:
         """The arrays of the table."""
         made = KINDS[self.kind].arrays(self)
-        learned = {"dtype": self.dtype, "fixed": self.fixed}
+        learned = {"dtype": self.dtype, "fixed": self.fixed, "cut": self.cut}
         return {k: a if k == "codes" else dataclasses.replace(a, **learned) for k, a in made.items()}
 
     def slots(self, ids: Any, codes: Any) -> dict[str, Any]:

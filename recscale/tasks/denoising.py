@@ -16,6 +16,7 @@ sqrt(D), that of noise.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,8 @@ PROCESSES = (*diffusion.SCHEDULES, *diffusion.PATHS)
 TARGETS = ("trainable", "detached")
 SIMILARITIES = ("dot", "cosine", "l2")
 COMBINE = {"mean": jnp.mean, "max": jnp.max}
-CLOSED_FORM = "closed_form"  # of the samplers: "ddpm" without walking the chain, for denoiser "mlp1"
+CLOSED_FORM = "closed_form"  # "ddpm" without walking the chain, for denoiser "mlp1"
+ALL_SAMPLERS = (*SAMPLERS, CLOSED_FORM)
 NOISE_STREAM, PROBE_STREAM = 0, 1
 
 
@@ -54,7 +56,8 @@ class Config:
     "closed_form" draws from the Gaussian that "ddpm" samples where the denoiser is linear, "mlp1". guidance: w of
     (1 + w) conditional - w unconditional. similarity, temperature: score = <x, item> / temperature, "cosine"
     normalises both, "l2": -|x - item|^2 / temperature. samples: vectors per user; combine: their scores. seed: of the
-    sampling. likelihood_steps: of the ODE behind `density_nats`, 0 leaves it out.
+    sampling. likelihood_steps: of the ODE behind `density_nats`, 0 leaves it out; likelihood_probes: directions of
+    Hutchinson's estimate of its divergence, 0 for the exact one, which costs as much as D directions.
     """
 
     process: str
@@ -81,6 +84,7 @@ class Config:
     combine: str
     seed: int
     likelihood_steps: int
+    likelihood_probes: int
 
     def __post_init__(self):
         allowed = {
@@ -89,14 +93,15 @@ class Config:
             "weight": diffusion.WEIGHTS,
             "denoiser": DENOISERS,
             "target": TARGETS,
-            "sampler": (*SAMPLERS, CLOSED_FORM),
+            "sampler": ALL_SAMPLERS,
             "similarity": SIMILARITIES,
             "combine": COMBINE,
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"task.{name} = {getattr(self, name)!r}: expected one of {tuple(values)}")
-        for name, least in (("sampling_steps", 0), ("samples", 1), ("likelihood_steps", 0), ("seed", 0)):
+        least_of = {"sampling_steps": 0, "samples": 1, "likelihood_steps": 0, "likelihood_probes": 0, "seed": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"task.{name} = {getattr(self, name)}: expected at least {least}")
         for name, most in (("drop", 1.0), ("ranking", 1.0), ("eta", 1.0)):
@@ -111,9 +116,10 @@ class Config:
                 f"task.steps = {self.steps} with process {self.process!r}: expected T >= 1 for "
                 f"{tuple(diffusion.SCHEDULES)} and 0 for {tuple(diffusion.PATHS)}"
             )
-        if self.temperature <= 0 or self.deviation <= 0:
+        if not (0 < self.temperature < math.inf and 0 < self.deviation < math.inf and math.isfinite(self.guidance)):
             raise ValueError(
-                f"task.temperature = {self.temperature}, deviation = {self.deviation}: expected positive numbers"
+                f"task.temperature = {self.temperature}, deviation = {self.deviation}, guidance = {self.guidance}: "
+                "expected finite numbers, the first two above 0"
             )
         if self.sampler == CLOSED_FORM and (self.denoiser, self.predicts) != ("mlp1", "x0"):
             raise ValueError(
@@ -167,7 +173,8 @@ class Task(next_item.Task):
 
     def tables(self, model_config: Any, shape: dict[str, Any]) -> dict[str, Table]:
         """The item table."""
-        return {self.catalogue: Table(self.num_items, model_config.embed_dim, stddev=self.config.deviation, **shape)}
+        deviation = self.config.deviation
+        return {self.catalogue: Table(self.num_items, model_config.embed_dim, stddev=deviation, cut=False, **shape)}
 
     def shape(self, dim: int) -> denoisers.Config:
         """Shape of the denoiser for vectors of width `dim`."""
@@ -294,7 +301,9 @@ class Task(next_item.Task):
         denoise = self._denoise(model.head, *self._memory(model, lookup, batch, 1, None), 1)
         seed = jax.random.fold_in(jax.random.key(self.config.seed), PROBE_STREAM)
         keys_B = jax.vmap(lambda row: jax.random.fold_in(seed, row))(row_B)
-        return -log_likelihood(denoise, self.process, x0_BD, self.config.likelihood_steps, "hutchinson", keys_B)
+        steps, probes = self.config.likelihood_steps, self.config.likelihood_probes
+        kind = "hutchinson" if probes else "exact"
+        return -log_likelihood(denoise, self.process, x0_BD, steps, kind, keys_B, probes)
 
     def queries_of(self, x_BKD: jax.Array) -> jax.Array:
         """Generated vectors as rank_catalogue takes them, [B, K * D]."""

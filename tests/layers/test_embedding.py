@@ -104,6 +104,8 @@ def test_initial_values():
     real[array.position(np.arange(1, 5001))] = True
     assert not rows[~real].any() and (~real).sum() == array.size - 5000  # padding and spare rows
     assert np.abs(rows).max() <= 0.2 and rows[real].std() == pytest.approx(0.1 * 0.8796, rel=0.02)
+    whole = np.asarray(Array(5000, 16, stddev=0.1, cut=False).init(jax.random.key(0)))
+    assert whole.std() == pytest.approx(0.1 * (5000 / array.size) ** 0.5, rel=0.02) and np.abs(whole).max() > 0.35
     assert abs(np.corrcoef(rows[real][:2000, 0], rows[real][:2000, 1])[0, 1]) < 0.1
     for zero in (Array(5000, 16, stddev=0.0), Array(5000, 16, fixed=True)):
         assert not np.asarray(zero.init(jax.random.key(0))).any()

@@ -135,6 +135,21 @@ def test_samples_follow_the_closed_form_of_the_linear_denoiser(sampler):
         np.testing.assert_allclose(np.cov(x[b].T), covariance, atol=5 * np.sqrt(2 / K) * covariance.max())
 
 
+def test_the_estimated_density_has_the_exact_one_as_its_mean():
+    N = 2048
+    batch = {name: np.repeat(value[:1], N, axis=0) for name, value in ONE_EACH.items()}
+    found = {}
+    for probes in (0, 1, 4):
+        t = task(process="cosine", guidance=0.5, likelihood_steps=20, likelihood_probes=probes)
+        model = network(t)
+        density = jax.jit(lambda row_N, t=t, model=model: t.density_nats(model, lookup, batch, row_N))
+        found[probes] = np.asarray(density(jnp.arange(N)))
+    assert np.ptp(found[0]) < 1e-3  # one target, one history
+    one, four = found[1] - found[0], found[4] - found[0]
+    assert abs(one.mean()) < 4 * one.std() / np.sqrt(N)
+    assert four.std() == pytest.approx(one.std() / 2, rel=0.15)
+
+
 def test_a_sample_depends_on_seed_and_row_not_on_the_batch():
     t, again = task(samples=2), task(samples=2, seed=1)
     model = network(t)
@@ -173,7 +188,9 @@ def test_scores_against_numpy(similarity, combine):
         ({"sampler": "closed_form", "denoiser": "mlp2"}, r"task.sampler = 'closed_form' with denoiser 'mlp2' that"),
         ({"ranking": 1.5}, r"task.ranking = 1.5: expected a number from 0 to 1"),
         ({"samples": 0}, r"task.samples = 0: expected at least 1"),
-        ({"temperature": 0.0}, r"task.temperature = 0.0, deviation = 1.0: expected positive numbers"),
+        ({"temperature": 0.0}, r"task.temperature = 0.0, deviation = 1.0, guidance = 2.0: expected finite numbers"),
+        ({"temperature": float("nan")}, r"task.temperature = nan, deviation"),
+        ({"guidance": float("inf")}, r"guidance = inf: expected finite numbers"),
         ({"sampling_steps": 21}, r"sampler steps: found 21, expected 1 to 20"),
         ({"likelihood_steps": 21}, r"task.likelihood_steps = 21: expected at most task.steps = 20"),
         ({"sampler": "langevin", "eta": 0.0}, r"task.eta = 0.0 with sampler 'langevin': its steps would stand still"),
