@@ -129,10 +129,10 @@ def judged_with(
 
 
 def ceilings(items_VD: np.ndarray, law_TV: np.ndarray) -> dict[str, float]:
-    """HR@10 that these item vectors allow: to the exact mean of the next vector, and to one exact sample of it."""
+    """HR@10 of the best that a diffusion over these item vectors can learn: its exact mean, and one exact sample."""
     similar_VV = items_VD @ items_VD.T
     mean = expected(top(law_TV @ similar_VV), law_TV)["hr@10"]
     listed_VV = np.zeros(similar_VV.shape)
     np.put_along_axis(listed_VV, top(similar_VV), 1.0, axis=1)
     sample = (law_TV * (law_TV @ listed_VV.T)).sum(1).mean()
-    return {"mean ceiling": mean, "sample ceiling": float(sample)}
+    return {"exact mean": mean, "exact sample": float(sample)}

@@ -58,6 +58,6 @@ def test_ceilings_are_what_an_exact_mean_and_an_exact_sample_reach():
     for p_V in np.repeat(LAW, 300, axis=0):
         listed = np.argsort(-items_VD @ items_VD[rng.choice(15, p=p_V)])[:10]
         hits.append(p_V[listed].sum())
-    assert found["sample ceiling"] == pytest.approx(np.mean(hits), abs=0.01)
+    assert found["exact sample"] == pytest.approx(np.mean(hits), abs=0.01)
     apart = known_law.ceilings(np.eye(15), LAW)  # no two items alike: the mean is the law
-    assert apart["mean ceiling"] == pytest.approx(known_law.expected(known_law.top(LAW), LAW)["hr@10"])
+    assert apart["exact mean"] == pytest.approx(known_law.expected(known_law.top(LAW), LAW)["hr@10"])
