@@ -135,7 +135,7 @@ def costs(run: Run, steps: int) -> dict[str, Any]:
     """Parameters per group, and training FLOPs and lookup bytes of `steps` steps by part (real tokens, not padding).
 
     Of a task that ranks the catalogue also what an answer costs, `inference`; of one that denoises what a sample does,
-    `sampling` (tasks/denoising.py).
+    `sampling` (tasks/denoising.py); of semantic ids, generated or in the item table, `semantic_ids`: what they are.
     """
     c, dim = run.config, run.model_config.embed_dim
     tokens = run.loader.lengths * run.task.tokens_per_event + run.task.prefix
@@ -154,8 +154,8 @@ def costs(run: Run, steps: int) -> dict[str, Any]:
         found["sampling"] = cast(denoising.Task, run.task).sampling(dim, c.loader.length)
     if run.task.denoises or run.task.ranks_catalogue:
         found["inference"] = inference(run)
-    if run.task.generates:
-        ids = semantic_ids(run, run.log)
+    if c.table.codes and Path(c.table.codes).is_dir():
+        ids = catalogue.read(c.table.codes, run.log)
         found["semantic_ids"] = {"sha256": ids.sha256, "sizes": list(ids.sizes)} | dict(ids.facts)
     return found
 

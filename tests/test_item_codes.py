@@ -7,7 +7,7 @@ import pytest
 
 from recscale.data.splits import runs
 from recscale.mesh import place_batch
-from recscale.run import build, init_state, table_facts
+from recscale.run import build, costs, init_state, table_facts
 from recscale.semantic_ids import catalogue
 from recscale.step import make_train_step
 from tests.tiny_run import ITEMS, SAMPLED, make_codes, make_log, tiny
@@ -49,6 +49,8 @@ def test_a_run_trains_on_codes_of_a_folder(kind, log, codes):
     facts = table_facts(run)
     assert facts["kind"] == kind and facts["bytes"] == 4 * 8 * KINDS[kind] + 3 * ITEMS  # a byte per code
     assert facts["arrays"]["item"]["collisions_any"] > 0.5
+    ids = costs(run, 2)["semantic_ids"]
+    assert ids["method"] == "random" and ids["sha256"] == catalogue.read(codes).sha256
 
 
 def test_items_of_equal_codes_have_equal_vectors_and_padding_has_none(log, codes):
