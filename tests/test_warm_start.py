@@ -6,7 +6,9 @@ import pytest
 
 from recscale import record
 from recscale.checkpoint import Checkpoints
+from recscale.mesh import place_batch
 from recscale.run import build, init_state
+from recscale.step import make_train_step
 from tests.tiny_run import make_log, tiny, tiny_dreamrec
 
 SETTINGS = {"loader__length": 8, "model__embed_dim": 8, "model__max_length": 8}
@@ -17,28 +19,36 @@ def log(tmp_path_factory):
     return make_log(tmp_path_factory.mktemp("warm") / "log", users=20)
 
 
-def ranker(log, **changes):
-    """SASRec that ranks: its encoder is the whole model."""
-    return tiny("sasrec", log, **SETTINGS, **changes)
+def ranker(log, model="sasrec", **changes):
+    """A ranker: its encoder is the whole model."""
+    return tiny(model, log, **SETTINGS, **changes)
 
 
-def denoiser(log, **changes):
+def denoiser(log, model="sasrec", **changes):
     """The same encoder beside a denoiser."""
     config = tiny_dreamrec(log).unlock()
-    config.model_name, config.model = "sasrec", ranker(log).model
+    config.model_name, config.model = model, ranker(log, model).model
     for key, value in changes.items():
         section, _, name = key.partition("__")
         config[section][name] = value
     return config.lock()
 
 
-@pytest.mark.parametrize(("earlier", "later"), [(ranker, denoiser), (denoiser, ranker)])
-def test_an_encoder_moves_between_a_run_with_a_head_and_one_without(earlier, later, log, tmp_path):
-    before = init_state(build(earlier(log)))
+@pytest.mark.parametrize(
+    ("model", "earlier", "later"),
+    [
+        ("sasrec", ranker, denoiser),
+        ("sasrec", denoiser, ranker),
+        pytest.param("hstu", ranker, denoiser, marks=pytest.mark.slow),
+    ],
+)
+def test_an_encoder_moves_between_a_run_with_a_head_and_one_without(model, earlier, later, log, tmp_path):
+    before = init_state(build(earlier(log, model)))
     before = jax.tree.map(lambda x: x + 1 if np.issubdtype(x.dtype, np.floating) else x, before)
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(7, before, {})
-    fresh, after = (init_state(build(later(log, **how))) for how in ({}, {"train__warm_start": str(tmp_path)}))
+    runs = [build(later(log, model, **how)) for how in ({}, {"train__warm_start": str(tmp_path)})]
+    fresh, after = (init_state(run) for run in runs)
     of = {"ranker": lambda state: state["model"], "denoiser": lambda state: state["model"].encoder}
     old, new = of[earlier.__name__](before), of[later.__name__](after)
     for was, found in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
@@ -46,6 +56,8 @@ def test_an_encoder_moves_between_a_run_with_a_head_and_one_without(earlier, lat
     np.testing.assert_array_equal(after["tables"]["item"], before["tables"]["item"])
     assert not np.array_equal(after["tables"]["item"], fresh["tables"]["item"])
     assert int(after["step"]) == 0
+    _, found = make_train_step(runs[1])(after, place_batch(runs[1].mesh, runs[1].loader[0]))
+    assert np.isfinite(found["loss"])
 
 
 def test_a_run_that_has_not_finished_is_no_start(log, tmp_path):
